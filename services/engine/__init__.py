@@ -1,0 +1,1 @@
+"""Engines: what computes. The services know `api.Engine` and nothing else."""

@@ -1,0 +1,186 @@
+"""The one interface between the services and whatever computes.
+
+An engine serves both roles: `prefill` computes the first n−1 prompt tokens and hands each layer's KV to the senders,
+`decode` takes KV from the receivers (or computes it itself), recomputes the last prompt token and samples every output
+token. How the bytes reach the transport is the engine's affair; a node never touches KV.
+
+All instants are `time.monotonic()` seconds of the node's machine.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prfaas.common.kv_layout import KvLayout
+from prfaas.transport.api import KvReceiver, KvSender, TransferReport
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """As in the OpenAI API; temperature 0 = greedy. Seeded draws are keyed by (seed, output position), so a stream
+    that is continued on another node draws the same tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 = off."""
+    seed: int | None = None
+    min_tokens: int = 0
+    """End-of-sequence tokens are not sampled before this many output tokens."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the router and the other side must know of the loaded model."""
+
+    model: str
+    """Name served to clients."""
+    model_fingerprint: str
+    layout: KvLayout
+    max_model_tokens: int
+    vocabulary: int
+    eos_token_ids: tuple[int, ...]
+    arena_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Goes into the heartbeat."""
+
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    """Prompt tokens waiting for or in prefill."""
+    running_requests: int = 0
+    context_tokens: int = 0
+    """Tokens held for running decodes."""
+    free_kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRequest:
+    """prompt_token_ids: the whole prompt (n tokens). Computed and sent: the range in each sender's spec."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """output_token_ids: tokens that were delivered already (a continuation): decode goes on behind them.
+    max_output_tokens counts them."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    max_output_tokens: int
+    sampling: SamplingParams
+    output_token_ids: Sequence[int] = ()
+    timeout_s: float | None = None
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The last event of a prefill that succeeded. `computed_s` has one instant a layer: when the last piece of it that
+    the range needs was computed."""
+
+    queued_s: float
+    started_s: float
+    ended_s: float
+    computed_s: list[float]
+    reports: list[TransferReport] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """After each step: tokens of the range computed so far."""
+
+    computed_tokens: int
+
+
+PrefillEvent = PrefillProgress | PrefillDone
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One sampled token; `position` counts output tokens from 0 (delivered ones included)."""
+
+    token_id: int
+    position: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTimeline:
+    """Before the first TokenEvent: when each layer arrived (None = not sent) and was first used.
+
+    For a local prefill `arrived_s` is all None, and queued_s / started_s / ended_s tell of it.
+    """
+
+    arrived_s: list[float | None]
+    used_s: list[float]
+    queued_s: float | None = None
+    started_s: float | None = None
+    ended_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDone:
+    """The last event. stop_token_id: the end-of-sequence or stop token that ended it, which is not emitted."""
+
+    reason: FinishReason
+    output_tokens: int
+    stop_token_id: int | None = None
+
+
+DecodeEvent = DecodeTimeline | TokenEvent | DecodeDone
+
+
+class Engine(Protocol):
+    """Methods are called on the event loop's thread.
+
+    Iterators: the request is accepted when `prefill` / `decode` returns, not at the first `anext`; an exception ends
+    the iterator (EngineError, TransferError, TimeoutError, RequestError for ids outside the vocabulary). Closing the
+    iterator (`aclose`, or cancelling the task that awaits it and then closing) cancels the request between layers; when
+    `aclose` returns, its memory is free and its transfers are closed. Every iterator must be closed.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Valid after `start`."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model and touch the arena's memory. Raises ModelRefusedError, ConfigError."""
+        ...
+
+    async def close(self) -> None:
+        """Cancel what runs and free everything."""
+        ...
+
+    def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> AsyncIterator[PrefillEvent]:
+        """Compute the KV of the transfers' token range and send it layer by layer.
+
+        `KvSender.open` is called about one round trip before the request's turn; on "no room" the request steps aside
+        and asks again while others go on. A range that is empty ends at once.
+        """
+        ...
+
+    def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> AsyncIterator[DecodeEvent]:
+        """Generate. `bind` of each receiver is called before this returns. No receivers: prefill locally, in steps of a
+        few tokens, so that running streams are not held up."""
+        ...
+
+    def load(self) -> EngineLoad: ...

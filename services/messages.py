@@ -1,0 +1,195 @@
+"""The JSON bodies that travel between router and nodes over HTTP (msgspec; unknown fields are ignored, so that
+version N and N−1 can talk). ARCHITECTURE.md, "Between the services", draws who sends what.
+
+    node   -> router   POST /nodes/heartbeat   Heartbeat        -> HeartbeatAnswer
+    router -> decode   POST /decode            DecodeCall       -> SSE, first event `ticket`: TicketEvent
+    router -> prefill  POST /prefill           PrefillCall      -> SSE, last event `done`: PrefillResult, or `error`
+
+The decode node's SSE (DECISIONS.md 10): `event: ticket` first (token range empty or local prefill: a ticket of ""),
+`: ping` every 2 s, before each `data:` line one comment `: ids 12,345` with the token ids of its text, before the end
+one comment `: timeline {json}` (DecodeNodeTimeline), then `data: [DONE]` when streaming. Not streaming: one `data:`
+line with the whole response object. A failure: `event: error` with an ErrorBody, and the stream ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class KvAddressMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    host: str
+    port: int
+    rank: int = 0
+
+
+class LoadMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """services.engine.api.EngineLoad."""
+
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    running_requests: int = 0
+    context_tokens: int = 0
+    free_kv_bytes: int = 0
+
+
+class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Every 2 s from each node to each router; it is also the registration."""
+
+    node: str
+    epoch: str
+    """Random a process start: a node with a new epoch has lost all it held."""
+    region: str
+    role: str
+    """prefill | decode."""
+    url: str
+    """Where the router reaches the node's HTTP, as advertised."""
+    kv_addresses: list[KvAddressMessage]
+    model: str
+    model_fingerprint: str
+    layout_hash: str
+    max_model_tokens: int
+    load: LoadMessage
+    draining: bool = False
+    leaving: bool = False
+    """The last heartbeat of a process that ends: forget it now."""
+    sent_s: float = 0.0
+    """The node's monotonic clock at sending."""
+    clock_offset_s: float = 0.0
+    """router_monotonic − node_monotonic as the node reckons from earlier answers, ± clock_error_s."""
+    clock_error_s: float = 1e9
+    model_path: str = ""
+    """The tokenizer's directory as the node sees it, for information."""
+
+
+class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
+    node: str
+    region: str
+    role: str
+    kv_addresses: list[KvAddressMessage]
+
+
+class HeartbeatAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    router: str
+    received_s: float
+    """The router's monotonic clock when the heartbeat came, and when this answer left."""
+    answered_s: float
+    peers: list[Peer]
+    """Nodes of the other role: sessions to them are opened before they are needed."""
+    lease_s: float = 10.0
+
+
+class SamplingMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    """Strings; matched by the decode node on the text, not by the engine."""
+    include_stop_str_in_output: bool = False
+
+
+class FormatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the decode node writes the response."""
+
+    kind: str
+    """chat | completion."""
+    id: str
+    created: int
+    model: str
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    """usage in every chunk (stream_options.continuous_usage_stats, as vLLM has it)."""
+    echo: bool = False
+
+
+class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    request_id: str
+    router: str
+    """The router that leases: its leases are freed when it stops answering heartbeats."""
+    prompt_token_ids: list[int]
+    max_output_tokens: int
+    sampling: SamplingMessage
+    format: FormatMessage
+    local_prefill: bool = False
+    token_start: int = 0
+    output_token_ids: list[int] = []
+    text_offset: int = 0
+    """Characters of the text of output_token_ids that the client has already."""
+    timeout_s: float | None = None
+
+
+class TicketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`ticket` is opaque to all but the decode process that made it; "" = no prefill needed."""
+
+    ticket: str
+    kv_addresses: list[KvAddressMessage]
+    token_start: int
+    token_end: int
+
+
+class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    request_id: str
+    router: str
+    prompt_token_ids: list[int]
+    decode_node: str
+    ticket: str
+    kv_addresses: list[KvAddressMessage]
+    timeout_s: float | None = None
+
+
+class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Instants in the prefill node's monotonic clock."""
+
+    queued_s: float
+    started_s: float
+    ended_s: float
+    raw_bytes: int
+    wire_bytes: int
+
+
+class DecodeNodeTimeline(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All instants in the decode node's monotonic clock; those of the prefill node are mapped by the lanes' PING clock
+    and true within ± clock_error_s. None = did not happen (local prefill, empty range)."""
+
+    received_s: float
+    first_token_s: float
+    second_token_s: float | None = None
+    last_token_s: float | None = None
+    queued_s: float | None = None
+    """Prefill entered its queue, started, ended."""
+    started_s: float | None = None
+    ended_s: float | None = None
+    computed_s: list[float | None] = []
+    sent_s: list[float | None] = []
+    arrived_s: list[float | None] = []
+    used_s: list[float | None] = []
+    clock_error_s: float = 0.0
+    kv_raw_bytes: int = 0
+    kv_wire_bytes: int = 0
+    local_prefill: bool = False
+    clock_offset_s: float = 0.0
+    """router_monotonic − decode_monotonic, ± router_clock_error_s: the router maps all of the above with it."""
+    router_clock_error_s: float = 0.0
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+def to_json(message: Any) -> bytes:
+    return msgspec.json.encode(message)
