@@ -135,6 +135,9 @@ class Shard:
     head_end: int | None = None
 
 
+WHOLE = Shard()
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """What of one tensor crosses the wire.
@@ -166,7 +169,7 @@ class KvLayout:
         if any(len(layer.tensors) > MAX_TENSORS_PER_LAYER for layer in self.layers):
             raise ConfigError([f"KV layout: more than {MAX_TENSORS_PER_LAYER} tensors in a layer"])
 
-    def extent(self, layer: int, tensor: int, tokens: TokenRange, shard: Shard = Shard()) -> Extent:
+    def extent(self, layer: int, tensor: int, tokens: TokenRange, shard: Shard = WHOLE) -> Extent:
         """The part of `layers[layer].tensors[tensor]` that a transfer of `tokens` and `shard` carries."""
         spec = self.layers[layer].tensors[tensor]
         if spec.kind.is_state:
@@ -184,10 +187,10 @@ class KvLayout:
         rows = max(0, head_end - head_start) if count > 0 else 0
         return Extent(rows, head_start, start, count, count * spec.row_bytes_per_token)
 
-    def layer_bytes(self, layer: int, tokens: TokenRange, shard: Shard = Shard()) -> int:
+    def layer_bytes(self, layer: int, tokens: TokenRange, shard: Shard = WHOLE) -> int:
         return sum(self.extent(layer, t, tokens, shard).total_bytes for t in range(len(self.layers[layer].tensors)))
 
-    def total_bytes(self, tokens: TokenRange, shard: Shard = Shard()) -> int:
+    def total_bytes(self, tokens: TokenRange, shard: Shard = WHOLE) -> int:
         """Bytes of KV that a transfer of `tokens` and `shard` carries before any codec."""
         return sum(self.layer_bytes(layer, tokens, shard) for layer in range(len(self.layers)))
 

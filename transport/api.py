@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from prfaas.common.kv_layout import KvLayout, Shard, TokenRange
+from prfaas.common.kv_layout import WHOLE, KvLayout, Shard, TokenRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class TransferSpec:
     max_output_tokens: int
     model_fingerprint: str
     layout_hash: str
-    shard: Shard = Shard()
+    shard: Shard = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +147,8 @@ class KvSender(Protocol):
         ...
 
     async def aclose(self, reason: str = "closed") -> None:
-        """End the transfer if it is still going (CANCEL to the receiver); idempotent. When it returns, no piece's memory
-        is read any more. Finishes its work even when the caller is cancelled."""
+        """End the transfer if it is still going (CANCEL to the receiver); idempotent. When it returns, no piece is
+        read any more. Finishes its work even when the caller is cancelled."""
         ...
 
 

@@ -1,0 +1,334 @@
+"""Settings: one TOML file, environment variables and flags → frozen dataclasses, all mistakes reported at once.
+
+A key is `section.field` (`[node] kv_bind` in TOML), `PRFAAS_SECTION_FIELD` in the environment and `--section-field`
+(or the field's own flag name, see `FLAG_ALIASES`) on the command line. Flags win over the environment, that over the
+file, that over the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union
+
+from prfaas.common.errors import ConfigError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def setting(default: Any, help: str, check: Callable[[Any], str | None] | None = None) -> Any:
+    """A dataclass field with its help text and an optional check that returns what is wrong."""
+    metadata = {"help": help, "check": check}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _between(low: float, high: float) -> Callable[[Any], str | None]:
+    return lambda v: None if low <= v <= high else f"must be from {low:g} to {high:g}"
+
+
+def _address(value: str) -> str | None:
+    try:
+        parse_address(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _url(value: str) -> str | None:
+    return None if re.fullmatch(r"https?://[^/\s]+/?", value) else "must look like http://host:port"
+
+
+def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    return lambda v: check(v) if v else None
+
+
+def _each(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    return lambda values: next((f"{v!r} {problem}" for v in values if (problem := check(v))), None)
+
+
+def parse_address(value: str) -> tuple[str, int]:
+    """`host:port`, `[v6]:port` → (host, port). Raises ValueError with what it must look like."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):(\d{1,5})", value)
+    if not match or int(match[3]) > 65535:
+        raise ValueError("must look like host:port or [ipv6]:port")
+    return match[1] or match[2], int(match[3])
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What all processes of a cluster share."""
+
+    secret: str = setting("", "the cluster secret that authenticates nodes and routers; needed outside loopback")
+    secret_file: str = setting("", "a file that holds the cluster secret")
+    clock_skew_s: float = setting(60.0, "how far the wall clocks of two machines may differ", _between(1, 3600))
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    level: Literal["debug", "info", "warning", "error"] = setting("info", "the least severe level that is printed")
+    format: Literal["json", "console"] = setting("json", "one JSON object a line, or text for a person")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    name: str = setting("router", "this router's name, in logs and heartbeats")
+    bind: str = setting("127.0.0.1:8000", "where the OpenAI API listens", _address)
+    api_keys: tuple[str, ...] = setting((), "keys that clients must present; none = open (loopback only)")
+    api_keys_file: str = setting("", "a file with one API key a line")
+    model_path: str = setting("", "directory with the tokenizer and chat template; `bytes` = the emulated engine's")
+    served_model: str = setting("", "the model's name for clients; empty = as the nodes report it")
+    offload_threshold_tokens: int = setting(
+        0, "prompts with more uncached tokens are prefilled in the prefill region", _between(0, 1 << 24)
+    )
+    max_body_bytes: int = setting(16 * MIB, "largest request body", _between(1024, 1 << 30))
+    default_max_output_tokens: int = setting(
+        1024, "cap on max_tokens where the client names none", _between(1, 1 << 20)
+    )
+    request_timeout_s: float = setting(600.0, "longest life of a request", _between(1, 86400))
+    timelines: int = setting(256, "how many request timelines are kept", _between(0, 1 << 16))
+    tokenizer_threads: int = setting(1, "threads for tokenizing and JSON of long prompts", _between(1, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    name: str = setting("", "the node's name, unique in the cluster; empty = <role>-<random>")
+    region: str = setting("local", "the region that the node is in")
+    bind: str = setting("127.0.0.1:0", "where the node's HTTP listens (port 0: any)", _address)
+    advertise: str = setting("", "URL under which routers reach it; empty = from bind", _optional(_url))
+    routers: tuple[str, ...] = setting(("http://127.0.0.1:8000",), "URLs of all routers", _each(_url))
+    heartbeat_s: float = setting(2.0, "time between heartbeats", _between(0.1, 60))
+    router_dead_s: float = setting(
+        10.0, "leases of a router that answered no heartbeat for so long are freed", _between(1, 600)
+    )
+    ping_s: float = setting(2.0, "time between ping comments on an idle response", _between(0.1, 60))
+    drain_s: float = setting(30.0, "on SIGTERM, how long running requests may go on", _between(0, 3600))
+    max_output_tokens: int = setting(32768, "cap on a request's max_tokens", _between(1, 1 << 20))
+
+
+@dataclass(frozen=True, slots=True)
+class TransportConfig:
+    bind: str = setting("127.0.0.1:0", "where KV lanes are accepted", _address)
+    advertise: str = setting(
+        "", "host:port under which other nodes dial the KV port; empty = bind", _optional(_address)
+    )
+    lanes: int = setting(4, "connections a session", _between(1, 64))
+    chunk_bytes: int = setting(MIB, "largest chunk before the codec", _between(4096, 16 * MIB))
+    codec: Literal["raw", "lz4", "zstd"] = setting("raw", "how chunks are compressed on the wire")
+    codec_threads: int = setting(1, "threads that encode and decode", _between(1, 64))
+    congestion_control: str = setting(
+        "cubic", "TCP_CONGESTION of every lane: cubic inside a region, bbr over a WAN; empty = the kernel's default"
+    )
+    socket_buffer_bytes: int = setting(0, "SO_SNDBUF and SO_RCVBUF of lanes; 0 = the kernel's", _between(0, 1 << 30))
+    credit_bytes: int = setting(64 * MIB, "bytes in flight that a receiver grants a transfer", _between(65536, 1 << 34))
+    ping_s: float = setting(1.0, "time between PINGs", _between(0.05, 60))
+    dead_s: float = setting(10.0, "a lane that is silent for so long is dead", _between(1, 600))
+    open_timeout_s: float = setting(10.0, "how long dialling and HELLO may take", _between(0.1, 600))
+    ticket_s: float = setting(120.0, "how long a ticket is good for before its OPEN", _between(1, 3600))
+    max_transfers: int = setting(1024, "transfers a session may have open", _between(1, 1 << 16))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    kind: Literal["transformers", "emulated"] = setting("transformers", "which engine computes")
+    model: str = setting("", "Hugging Face id or directory; `smollm2` = the demo's model")
+    served_model: str = setting("", "the model's name for clients; empty = the directory's or id's name")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "dtype of weights and KV")
+    device: str = setting("cpu", "torch device")
+    threads: int = setting(1, "torch threads", _between(1, 256))
+    arena_bytes: int = setting(GIB, "memory for KV, touched at start", _between(MIB, 1 << 44))
+    prefill_step_tokens: int = setting(512, "most prompt tokens that one prefill step computes", _between(1, 65536))
+    local_prefill_step_tokens: int = setting(
+        32, "the same on a node with running streams (local prefill)", _between(1, 65536)
+    )
+    max_batch: int = setting(64, "most requests in one decode batch", _between(1, 4096))
+    max_prefills: int = setting(4, "most prefills whose steps interleave", _between(1, 256))
+    send: Literal["layerwise", "after_prefill"] = setting(
+        "layerwise", "when KV leaves: each layer as it is computed, or all after prefill (a baseline)"
+    )
+    join: Literal["layerwise", "when_complete"] = setting(
+        "layerwise", "when decode starts: as layers arrive, or when all have (a baseline)"
+    )
+    time_scale: float = setting(1.0, "emulated: multiplies every time", _between(0, 1e6))
+    prefill_tokens_per_s: float = setting(10000.0, "emulated: prefill speed", _between(1, 1e9))
+    decode_step_s: float = setting(0.02, "emulated: one decode step", _between(0, 60))
+    layers: int = setting(8, "emulated: layers", _between(1, 1024))
+    kv_heads: int = setting(2, "emulated: KV heads", _between(1, 1024))
+    head_dim: int = setting(64, "emulated: head dimension", _between(1, 65536))
+    state_bytes: int = setting(0, "emulated: recurrent state a layer", _between(0, 1 << 30))
+    max_model_tokens: int = setting(
+        0, "longest prompt + output; 0 = the model's own (emulated: 262144)", _between(0, 1 << 24)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    node: NodeConfig = field(default_factory=NodeConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+SECRET_KEYS = frozenset({"cluster.secret", "router.api_keys"})
+"""Values of these never appear in a message."""
+
+# Short flag names; the long form `--section-field` works for every key.
+FLAG_ALIASES: Mapping[str, str] = {
+    "--kv-bind": "transport.bind",
+    "--kv-advertise": "transport.advertise",
+    "--engine": "engine.kind",
+    "--model": "engine.model",
+    "--dtype": "engine.dtype",
+    "--region": "node.region",
+    "--name": "node.name",
+    "--advertise": "node.advertise",
+    "--routers": "node.routers",
+    "--bind": "node.bind",
+    "--codec": "transport.codec",
+    "--lanes": "transport.lanes",
+    "--secret-file": "cluster.secret_file",
+    "--log-level": "log.level",
+    "--log-format": "log.format",
+}
+ROUTER_FLAG_ALIASES: Mapping[str, str] = {
+    **{flag: key for flag, key in FLAG_ALIASES.items() if key.split(".")[0] in ("cluster", "log")},
+    "--name": "router.name",
+    "--bind": "router.bind",
+    "--model": "router.model_path",
+    "--threshold": "router.offload_threshold_tokens",
+    "--api-keys-file": "router.api_keys_file",
+}
+
+T = TypeVar("T")
+
+
+def keys() -> dict[str, dataclasses.Field[Any]]:
+    """Every `section.field` and its dataclass field, in order."""
+    return {
+        f"{section.name}.{f.name}": f
+        for section in dataclasses.fields(Config)
+        for f in dataclasses.fields(typing.get_type_hints(Config)[section.name])
+    }
+
+
+def field_type(key: str) -> Any:
+    section, name = key.split(".")
+    return typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
+
+
+def env_name(key: str) -> str:
+    return "PRFAAS_" + key.replace(".", "_").upper()
+
+
+def load(
+    file: Mapping[str, Any], env: Mapping[str, str], flags: Mapping[str, str], file_name: str = "config file"
+) -> Config:
+    """Merge and check. `file`: parsed TOML; `env`: the environment; `flags`: `section.field` → text.
+
+    Raises ConfigError with every problem at once: key, where it came from, the value given, what it must be.
+    """
+    problems: list[str] = []
+    known = keys()
+    given: dict[str, tuple[Any, str]] = {}
+    for section, values in file.items():
+        if not isinstance(values, Mapping):
+            problems.append(f"{file_name}: {section!r} must be a [section]{_did_you_mean(section, _sections())}")
+            continue
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            if key in known:
+                given[key] = (value, file_name)
+            else:
+                problems.append(f"{file_name}: unknown key {key!r}{_did_you_mean(key, known)}")
+    by_env = {env_name(key): key for key in known}
+    for variable, text in env.items():
+        if variable in by_env:
+            given[by_env[variable]] = (text, f"environment {variable}")
+        elif variable.startswith("PRFAAS_"):
+            problems.append(f"environment: unknown variable {variable}{_did_you_mean(variable, by_env)}")
+    for key, text in flags.items():
+        given[key] = (text, "flag --" + key.replace(".", "-").replace("_", "-"))
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _sections()}
+    for key, (value, origin) in given.items():
+        section, name = key.split(".")
+        try:
+            sections[section][name] = _checked(key, value, known[key])
+        except ValueError as error:
+            shown = "<hidden>" if key in SECRET_KEYS else repr(value)
+            problems.append(f"{key} = {shown} ({origin}): {error}")
+    if problems:
+        raise ConfigError(problems)
+    hints = typing.get_type_hints(Config)
+    return Config(**{name: hints[name](**values) for name, values in sections.items()})
+
+
+def _sections() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config)]
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _checked(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
+    converted = _convert(field_type(key), value)
+    check = spec.metadata.get("check")
+    if check is not None and (problem := check(converted)):
+        raise ValueError(problem)
+    return converted
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        allowed = typing.get_args(kind)
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert(next(a for a in typing.get_args(kind) if a is not type(None)), value)
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise ValueError("must be a list of strings (comma-separated in the environment and in flags)")
+        return tuple(value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError("must be a string")
+        return value
+    return _number(kind, value)
+
+
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _number(kind: Any, value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([-+]?[0-9._eE+-]+?)\s*(?:([KMGT])(?:i?B)?)?\s*", value)
+        try:
+            number = float(match[1]) * SIZE_UNITS[match[2] or ""] if match else None
+        except ValueError:
+            number = None
+        if number is None:
+            raise ValueError("must be a number (sizes may end in K, M, G)" if kind is int else "must be a number")
+        value = number
+    if not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    if kind is int:
+        if value != int(value):
+            raise ValueError("must be a whole number")
+        return int(value)
+    return float(value)
