@@ -1,0 +1,55 @@
+"""structlog, set up once per process: JSON lines or text, with the request id bound to everything a request does."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# Values under these keys never reach a log line, whatever code passes them.
+SECRET_WORDS = ("secret", "api_key", "authorization", "ticket", "mac")
+
+
+def configure(level: str = "info", format: str = "json") -> None:
+    """Send structlog and the standard library's warnings to stderr. Called from `__main__` only."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer() if format == "json" else structlog.dev.ConsoleRenderer(colors=False)
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            hide_secrets,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # Libraries (aiohttp, asyncio) speak through the standard library: warnings and worse, in one plain line.
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+
+
+def hide_secrets(_logger: Any, _method: str, event: Any) -> Any:
+    """A structlog processor: replaces the values of keys that name a secret."""
+    for key in event:
+        if any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS):
+            event[key] = "<hidden>"
+    return event
+
+
+def get_logger(name: str) -> Any:
+    """A structlog logger; `name` is the part that speaks (router, decode, transport, ...)."""
+    return structlog.get_logger(part=name)
+
+
+def bind_request(request_id: str) -> None:
+    """Put the request id on every later line of this task."""
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=request_id)

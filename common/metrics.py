@@ -1,0 +1,106 @@
+"""Every Prometheus metric, in one place: names with units, labels with few values.
+
+A process makes one `Metrics` in its app.py and passes it down; nothing is registered at import.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class RouterMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "prfaas_router_requests", "Requests by route and HTTP status", ["route", "status"], registry=registry
+        )
+        self.decisions = Counter("prfaas_router_decisions", "Routing decisions", ["reason"], registry=registry)
+        self.fallbacks = Counter(
+            "prfaas_router_fallbacks", "Requests that went another way than decided", ["reason"], registry=registry
+        )
+        self.cancels = Counter("prfaas_router_cancels", "Requests cancelled, by whom", ["reason"], registry=registry)
+        self.output_tokens = Counter("prfaas_router_output_tokens", "Output tokens relayed", registry=registry)
+        self.prompt_tokens = Counter("prfaas_router_prompt_tokens", "Prompt tokens received", registry=registry)
+        self.ttft_seconds = Histogram(
+            "prfaas_router_ttft_seconds", "Time to first token", buckets=LATENCY_BUCKETS_S, registry=registry
+        )
+        self.e2e_seconds = Histogram(
+            "prfaas_router_e2e_seconds", "Whole life of a request", buckets=LATENCY_BUCKETS_S, registry=registry
+        )
+        self.inflight_requests = Gauge("prfaas_router_inflight_requests", "Requests in flight", registry=registry)
+        self.nodes = Gauge("prfaas_router_nodes", "Nodes by role and state", ["role", "state"], registry=registry)
+        self.heartbeats = Counter("prfaas_router_heartbeats", "Heartbeats by outcome", ["outcome"], registry=registry)
+
+
+class NodeMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "prfaas_node_requests", "Calls by route and outcome", ["route", "outcome"], registry=registry
+        )
+        self.running_requests = Gauge("prfaas_node_running_requests", "Requests in the engine", registry=registry)
+        self.queued_tokens = Gauge("prfaas_node_queued_tokens", "Prompt tokens waiting for prefill", registry=registry)
+        self.free_kv_bytes = Gauge("prfaas_node_free_kv_bytes", "Free arena memory", registry=registry)
+        self.arena_bytes = Gauge("prfaas_node_arena_bytes", "Arena memory", registry=registry)
+        self.local_prefills = Counter(
+            "prfaas_node_local_prefills", "Prefills done by a decode node itself", registry=registry
+        )
+        self.output_tokens = Counter("prfaas_node_output_tokens", "Tokens sampled", registry=registry)
+        self.queue_seconds = Histogram(
+            "prfaas_node_prefill_queue_seconds", "Wait for prefill", buckets=LATENCY_BUCKETS_S, registry=registry
+        )
+        self.prefill_seconds = Histogram(
+            "prfaas_node_prefill_seconds", "Prefill of one request", buckets=LATENCY_BUCKETS_S, registry=registry
+        )
+        self.exposed_seconds = Histogram(
+            "prfaas_node_exposed_transfer_seconds",
+            "Last layer's arrival after the end of prefill",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.itl_seconds = Histogram(
+            "prfaas_node_itl_seconds", "Gap between output tokens", buckets=STEP_BUCKETS_S, registry=registry
+        )
+        self.leases_freed = Counter(
+            "prfaas_node_leases_freed", "Requests freed without their client's word", ["reason"], registry=registry
+        )
+        self.heartbeats = Counter(
+            "prfaas_node_heartbeats", "Heartbeats sent, by outcome", ["outcome"], registry=registry
+        )
+
+
+class TransportMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.sent_bytes = Counter(
+            "prfaas_transport_sent_bytes", "KV bytes sent: raw = before the codec", ["form"], registry=registry
+        )
+        self.received_bytes = Counter(
+            "prfaas_transport_received_bytes", "KV bytes received: raw = after the codec", ["form"], registry=registry
+        )
+        self.transfers = Counter(
+            "prfaas_transport_transfers", "Transfers ended", ["direction", "outcome"], registry=registry
+        )
+        self.checksum_failures = Counter(
+            "prfaas_transport_checksum_failures", "Chunks that arrived damaged", registry=registry
+        )
+        self.lanes = Gauge("prfaas_transport_lanes", "Open lanes", registry=registry)
+        self.lane_losses = Counter("prfaas_transport_lane_losses", "Lanes lost", ["reason"], registry=registry)
+        self.refusals = Counter(
+            "prfaas_transport_refusals", "Frames, HELLOs and OPENs refused", ["reason"], registry=registry
+        )
+
+
+class Metrics:
+    """All of them, on one registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.router = RouterMetrics(self.registry)
+        self.node = NodeMetrics(self.registry)
+        self.transport = TransportMetrics(self.registry)
+
+    def render(self) -> bytes:
+        """The text that `/metrics` answers, of type CONTENT_TYPE."""
+        return generate_latest(self.registry)
