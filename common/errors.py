@@ -3,6 +3,7 @@
 PrfaasError
 ├── ConfigError              the operator's settings are wrong (exit status 2)
 ├── UsageError               a command was called wrongly (exit status 2)
+├── SetupError               what a command needs is not there and can't be made: a model, a package, a child process
 ├── RequestError             the client's request is wrong (4xx); names the field
 │   ├── AuthenticationError  401
 │   ├── ModelNotFoundError   404
@@ -43,6 +44,10 @@ class ConfigError(PrfaasError):
 
 class UsageError(PrfaasError):
     """A command line that can't be carried out."""
+
+
+class SetupError(PrfaasError):
+    """What a command needs is not there and can't be made: a model, a package, a child process (exit status 1)."""
 
 
 class RequestError(PrfaasError):
