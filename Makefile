@@ -1,0 +1,56 @@
+# make demo, make test, make check: each sets up .venv itself, and is quick when it is there already.
+# Settings: PYTHON=python3.12   CUDA=1 (torch with CUDA)   TORCH_INDEX=<index with CPU builds of torch>
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# One thread for each process: three engines share the cores, and contending threads cost more than they bring.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check bench model install clean
+
+help:
+	@echo "make demo    a real model answers across two regions, on this machine"
+	@echo "make test    the tests (fetches the model once)"
+	@echo "make check   lint, types, import rules"
+	@echo "make bench   figures: one KV lane against bare sockets"
+	@echo "make clean   remove .venv and every build product (the model cache stays)"
+	@echo "Settings: ARGS=... for demo and test, PYTHON=..., CUDA=1, TORCH_INDEX=..."
+
+demo: $(STAMP)
+	@$(BIN)/prfaas demo $(ARGS)
+
+test: model
+	@$(BIN)/pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@$(BIN)/prfaas bench link $(ARGS)
+
+model: $(STAMP)
+	@$(BIN)/python -m prfaas.services.commands.fetch smollm2
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt .ci/install_torch.py
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "PrfaaS needs Python 3.11 or newer with venv (Debian: apt install python3-venv); the mend: make PYTHON=<path>" >&2; \
+		exit 1; fi
+	@[ -x $(BIN)/python ] || { echo "making $(VENV) with $(PYTHON)" && "$(PYTHON)" -m venv $(VENV); }
+	@$(BIN)/python .ci/install_torch.py $(if $(CUDA),--cuda)
+	@echo "installing PrfaaS and its tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]' accelerate
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
