@@ -1,3 +1,4 @@
+# ruff: noqa: T201
 """Install torch into the running interpreter's environment without downloading CUDA by accident.
 
     python .ci/install_torch.py [--cuda]
