@@ -1,0 +1,144 @@
+"""The `prfaas` command. Each subcommand imports what it needs when it is called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from prfaas.common.errors import ConfigError, PrfaasError, UsageError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+HELP = """\
+usage: prfaas COMMAND [flags]
+
+Prefill-as-a-Service: prefill and decode in different regions, the KVCache
+streamed layer by layer between them.
+
+commands:
+  demo        a real model answers across two regions on this machine
+  router      the OpenAI API: takes requests, chooses nodes, relays streams
+  prefill     a node that computes prompts and sends their KVCache
+  decode      a node that receives KVCache and generates
+  doctor      checks this machine and a configuration, and names the mend
+  bench link  how fast KV lanes move bytes here
+
+Every command has --help with an example; services also have --help-all.
+Settings: one TOML file (--config), PRFAAS_* in the environment, flags; the
+last wins.
+
+examples:
+  prfaas demo
+  prfaas router  --model smollm2 --bind 127.0.0.1:8000
+  prfaas decode  --model smollm2 --region home
+  prfaas prefill --model smollm2 --region dense
+  curl http://127.0.0.1:8000/v1/models
+"""
+
+
+def _router(argv: Sequence[str]) -> int:
+    from prfaas.services.commands import serve
+
+    return serve.router(argv)
+
+
+def _prefill(argv: Sequence[str]) -> int:
+    from prfaas.services.commands import serve
+
+    return serve.node("prefill", argv)
+
+
+def _decode(argv: Sequence[str]) -> int:
+    from prfaas.services.commands import serve
+
+    return serve.node("decode", argv)
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from prfaas.services.commands import demo
+
+    return demo.main(argv)
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from prfaas.services.commands import doctor
+
+    return doctor.main(argv)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    if not argv or argv[0] != "link":
+        if argv and argv[0] in ("-h", "--help"):
+            sys.stdout.write("usage: prfaas bench link [flags]    (prfaas bench link --help)\n")
+            return 0
+        raise UsageError("bench: name what to measure: prfaas bench link")
+    from prfaas.services.commands import bench_link
+
+    return bench_link.main(argv[1:])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "router": _router,
+    "prefill": _prefill,
+    "decode": _decode,
+    "demo": _demo,
+    "doctor": _doctor,
+    "bench": _bench,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 called or configured wrongly, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        sys.stdout.write(f"prfaas {version('prfaas')}\n")
+        return 0
+    name = arguments[0]
+    try:
+        return _command(name)(arguments[1:])
+    except ConfigError as error:
+        return _failed(name, error.problems, EXIT_USAGE)
+    except UsageError as error:
+        return _failed(name, [str(error)], EXIT_USAGE)
+    except (PrfaasError, TimeoutError) as error:
+        return _failed(name, [str(error) or type(error).__name__], EXIT_FAILURE)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("prfaas"):
+            raise
+        return _failed(name, [f"{error.name} is not installed; the mend: pip install 'prfaas[torch]'"], EXIT_FAILURE)
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except OSError as error:
+        return _failed(name, [str(error)], EXIT_FAILURE)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    raise UsageError(f"no such command; {f'did you mean prfaas {close[0]}?' if close else 'try prfaas --help'}")
+
+
+def _failed(name: str, problems: Sequence[str], status: int) -> int:
+    for problem in problems:
+        sys.stderr.write(f"prfaas {name}: {problem}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Flags from the configuration's keys: each key has its long flag, a few have a short one; `--help` shows the short.
+
+A parser collects text only. `common.config.load` merges file, environment and flags and reports every mistake at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import shutil
+import sys
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from prfaas.common import config as settings
+from prfaas.common.config import Config
+from prfaas.common.errors import ConfigError, UsageError
+
+EXIT_USAGE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line with a mend."""
+
+    def error(self, message: str) -> NoReturn:
+        words = [w for w in message.split() if w.startswith("--")]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(words[0].split("=")[0], known, n=1) if words else []
+        mend = f"did you mean {close[0]}?" if close else f"try {self.prog} --help"
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; {mend}\n")
+
+
+def new_parser(prog: str, description: str, example: str) -> Parser:
+    return Parser(
+        prog=prog,
+        usage=f"{prog} [flags]",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=min(110, shutil.get_terminal_size().columns)
+        ),
+        allow_abbrev=False,
+    )
+
+
+def add_config_flags(parser: Parser, aliases: Mapping[str, str], *, show_all: bool) -> None:
+    """`--config`, the short flags, and the long flag of every key (shown with `--help-all` only)."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file of the cluster; flags and PRFAAS_* win over it")
+    known = settings.keys()
+    for flag, key in aliases.items():
+        _add(parser, flag, key, known[key], show=True)
+    for key, spec in known.items():
+        flag = long_flag(key)
+        if flag not in aliases:
+            _add(parser, flag, key, spec, show=show_all)
+    parser.add_argument("--help-all", action="store_true", help="every setting, with its long flag")
+
+
+def long_flag(key: str) -> str:
+    return "--" + key.replace(".", "-").replace("_", "-")
+
+
+def parse_config_command(
+    prog: str, description: str, example: str, aliases: Mapping[str, str], argv: Sequence[str]
+) -> Config:
+    """The whole command line of a service. Exits 0 after --help and --help-all, 2 on a mistake of spelling; raises
+    ConfigError for wrong values."""
+    show_all = "--help-all" in argv
+    parser = new_parser(prog, description, example)
+    add_config_flags(parser, aliases, show_all=show_all)
+    if show_all:
+        parser.print_help()
+        parser.exit(0)
+    return load_config(parser.parse_args(argv))
+
+
+def load_config(given: argparse.Namespace) -> Config:
+    """Merge file, environment and the flags in `given`, and read the files that settings name."""
+    known = settings.keys()
+    flags = {key: value for key, value in vars(given).items() if key in known and value is not None}
+    file_name = given.config or ""
+    return read_secret_files(settings.load(read_toml(file_name), os.environ, flags, file_name or "config file"))
+
+
+def read_toml(file_name: str) -> dict[str, Any]:
+    if not file_name:
+        return {}
+    try:
+        return tomllib.loads(Path(file_name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {file_name}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file_name} is not TOML: {error}"]) from None
+
+
+def read_secret_files(config: Config) -> Config:
+    """Put the contents of `cluster.secret_file` and `router.api_keys_file` where the services look for them."""
+    problems: list[str] = []
+    cluster, router = config.cluster, config.router
+    if cluster.secret_file and not cluster.secret:
+        secret = _read_lines("cluster.secret_file", cluster.secret_file, problems)
+        cluster = dataclasses.replace(cluster, secret=secret[0] if secret else "")
+    if router.api_keys_file:
+        keys = _read_lines("router.api_keys_file", router.api_keys_file, problems)
+        router = dataclasses.replace(router, api_keys=(*router.api_keys, *keys))
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(config, cluster=cluster, router=router)
+
+
+def _read_lines(key: str, file_name: str, problems: list[str]) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(file_name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        problems.append(f"{key} = {file_name!r}: {reason}")
+        return []
+    if not lines:
+        problems.append(f"{key} = {file_name!r}: the file is empty")
+    return lines
+
+
+def _add(parser: Parser, flag: str, key: str, spec: dataclasses.Field[Any], *, show: bool) -> None:
+    kind = settings.field_type(key)
+    if typing.get_origin(kind) is Literal:
+        metavar = "|".join(typing.get_args(kind))
+    else:
+        metavar = "N" if kind in (int, float) else "TEXT"
+        if kind is str and "bind" in key:
+            metavar = "HOST:PORT"
+    default = spec.default if spec.default is not dataclasses.MISSING else ""
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    text = f"{spec.metadata['help']}{f' [{shown}]' if shown not in ('', None) else ''}".replace("%", "%%")
+    parser.add_argument(flag, dest=key, metavar=metavar, help=text if show else argparse.SUPPRESS)
+
+
+def complain(prog: str, problems: Sequence[str]) -> None:
+    """One line a problem, on stderr."""
+    for problem in problems:
+        sys.stderr.write(f"{prog}: {problem}\n")
