@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from prfaas.common.kv_layout import KvLayout
 from prfaas.transport.api import KvReceiver, KvSender, TransferReport
@@ -94,7 +94,8 @@ class FinishReason(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
     """The last event of a prefill that succeeded. `computed_s` has one instant a layer: when the last piece of it that
-    the range needs was computed."""
+    the range needs was computed. `queued_s`, `started_s`, `ended_s` and `computed_s` go to the decode node under these
+    names in `KvSender.finish`."""
 
     queued_s: float
     started_s: float
@@ -148,6 +149,19 @@ class DecodeDone:
 DecodeEvent = DecodeTimeline | TokenEvent | DecodeDone
 
 
+E_co = TypeVar("E_co", covariant=True)
+
+
+class EventStream(Protocol[E_co]):
+    """What `prefill` and `decode` return: an async iterator that must be closed (an async generator is one)."""
+
+    def __aiter__(self) -> AsyncIterator[E_co]: ...
+
+    async def __anext__(self) -> E_co: ...
+
+    async def aclose(self) -> None: ...
+
+
 class Engine(Protocol):
     """Methods are called on the event loop's thread.
 
@@ -170,7 +184,7 @@ class Engine(Protocol):
         """Cancel what runs and free everything."""
         ...
 
-    def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> AsyncIterator[PrefillEvent]:
+    def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> EventStream[PrefillEvent]:
         """Compute the KV of the transfers' token range and send it layer by layer.
 
         `KvSender.open` is called about one round trip before the request's turn; on "no room" the request steps aside
@@ -178,7 +192,7 @@ class Engine(Protocol):
         """
         ...
 
-    def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> AsyncIterator[DecodeEvent]:
+    def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> EventStream[DecodeEvent]:
         """Generate. `bind` of each receiver is called before this returns. No receivers: prefill locally, in steps of a
         few tokens, so that running streams are not held up."""
         ...

@@ -1,0 +1,114 @@
+"""What the jobs of one emulated engine share: settings, device, memory, threads and slots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from prfaas.common.config import EngineConfig
+from prfaas.common.errors import RequestError
+from prfaas.services.engine.api import EngineInfo
+from prfaas.services.engine.emulated.batch import Batch
+from prfaas.services.engine.emulated.device import Device
+from prfaas.services.engine.emulated.stream import finish
+from prfaas.transport.arena import Arena, Region
+
+_INLINE_BYTES = 256 << 10
+"""KV up to this size is written or checked on the event loop (under a millisecond); more goes to the thread."""
+
+T = TypeVar("T")
+
+
+class Machine:
+    def __init__(self, config: EngineConfig, info: EngineInfo, arena: Arena) -> None:
+        self.config = config
+        self.info = info
+        self.device = Device(config.time_scale)
+        self.batch = Batch(self.device, config.decode_step_s, config.max_batch)
+        self.memory = Memory(arena)
+        self.prefill_slots = asyncio.Semaphore(config.max_prefills)
+        # One request more than computes may be open, so that its OPEN's round trip passes while others compute.
+        self.open_slots = asyncio.Semaphore(config.max_prefills + 1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="emulated-kv")
+
+    async def close(self) -> None:
+        await self.batch.close()
+        self._thread.shutdown()
+
+    async def compute(self, start: int, end: int, layer_computed: Callable[[int, int, int], Awaitable[None]]) -> None:
+        """Prefill tokens [start, end) in steps, taking turns with other prefills and with decode.
+
+        `layer_computed(layer, step_start, step_end)` is awaited within the layer's time. Cancellation is between or in
+        layers and leaves the device to others.
+        """
+        layers = self.config.layers
+        while start < end:
+            async with self.device.turn("prefill"):
+                busy = self.batch.running > 0
+                most = self.config.local_prefill_step_tokens if busy else self.config.prefill_step_tokens
+                stop = min(end, start + most)
+                layer_s = (stop - start) / self.config.prefill_tokens_per_s / layers
+                for layer in range(layers):
+                    await self.device.work(layer_s)
+                    await layer_computed(layer, start, stop)
+            start = stop
+
+    async def run(self, function: Callable[[], T], size_bytes: int) -> T:
+        """Call it here, or in the thread when it moves many bytes. When this returns or raises, cancelled or not, the
+        function no longer touches its memory."""
+        if size_bytes <= _INLINE_BYTES:
+            return function()
+        call = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        try:
+            await finish(call)
+        except asyncio.CancelledError:
+            call.exception()
+            raise
+        return call.result()
+
+    def check(self, token_ids: list[int], context_tokens: int) -> None:
+        """Raises RequestError for ids outside the vocabulary or a context that is too long."""
+        if not token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        if not (min(token_ids) >= 0 and max(token_ids) < self.info.vocabulary):
+            raise RequestError(f"token ids must be from 0 to {self.info.vocabulary - 1}", param="prompt")
+        if context_tokens > self.info.max_model_tokens:
+            raise RequestError(
+                f"prompt and output have {context_tokens} tokens, the model takes {self.info.max_model_tokens}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
+class Memory:
+    """The arena, and who waits for room in it: first come first served."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @property
+    def total_bytes(self) -> int:
+        return self._arena.total_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self._arena.free_bytes
+
+    def allocate_now(self, size_bytes: int) -> Region | None:
+        return self._arena.allocate(size_bytes)
+
+    async def allocate(self, size_bytes: int) -> Region:
+        """Wait for room. The size must be one that fits an empty arena."""
+        async with self._turn:
+            while (region := self._arena.allocate(size_bytes)) is None:
+                self._freed.clear()
+                await self._freed.wait()
+            return region
+
+    def free(self, region: Region) -> None:
+        region.free()
+        self._freed.set()

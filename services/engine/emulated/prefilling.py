@@ -1,0 +1,133 @@
+"""One prefill: waits for its turn, computes step by step, hands each layer's KV to the senders."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from prfaas.common.errors import NoRoomError, OutOfMemoryError
+from prfaas.services.engine.api import PrefillDone, PrefillEvent, PrefillProgress, PrefillRequest
+from prfaas.services.engine.emulated.content import KvContent
+from prfaas.services.engine.emulated.machine import Machine
+from prfaas.services.engine.emulated.rows import Rows
+from prfaas.services.engine.emulated.stream import TaskStream
+from prfaas.transport.api import KvPiece, KvSender
+from prfaas.transport.arena import Region
+
+
+class PrefillJob:
+    def __init__(self, machine: Machine, request: PrefillRequest, senders: Sequence[KvSender]) -> None:
+        self._machine = machine
+        self._request = request
+        self._senders = senders
+        self._tokens = senders[0].spec.tokens
+        self._regions: list[Region] = []
+        self._rows: list[Rows] = []
+        self._holds_slot = False
+        self._unsent: list[list[KvPiece]] = [[] for _ in senders]
+        self._computed_s = [0.0] * len(machine.info.layout.layers)
+        self.remaining_tokens = self._tokens.tokens
+        self.stream: TaskStream[PrefillEvent] = TaskStream(self._run, self._clean_up)
+        for sender in senders:
+            sender.on_failed(self.stream.fail)
+
+    async def _run(self, emit: Callable[[PrefillEvent], None]) -> None:
+        queued_s = time.monotonic()
+        ids = list(self._request.prompt_token_ids)
+        self._machine.check(ids, len(ids))
+        async with asyncio.timeout(self._request.timeout_s):
+            if not self._tokens.tokens:
+                emit(PrefillDone(queued_s, queued_s, queued_s, [queued_s] * len(self._computed_s)))
+                return
+            content = KvContent(self._machine.info.layout, ids[: self._tokens.end])
+            await self._admission()
+            async with self._machine.prefill_slots:
+                started_s = time.monotonic()
+                await self._compute(content, emit)
+            self._leave()
+            timings: dict[str, float | list[float]] = {
+                "queued_s": queued_s,
+                "started_s": started_s,
+                "ended_s": self._computed_s[-1],
+                "computed_s": self._computed_s,
+            }
+            for sender in self._senders:
+                sender.finish(timings)
+            reports = [await sender.done() for sender in self._senders]
+        emit(PrefillDone(queued_s, started_s, self._computed_s[-1], self._computed_s, reports))
+
+    async def _admission(self) -> None:
+        """Until every transfer is open and there is memory to compute into. While the other side has no room, nothing
+        is held, so that two nodes that prefill for each other can't wait for each other for ever."""
+        machine = self._machine
+        sizes = [machine.info.layout.total_bytes(self._tokens, sender.spec.shard) for sender in self._senders]
+        if sum(sizes) > machine.memory.total_bytes:
+            raise OutOfMemoryError(
+                f"the KV of {self._tokens.tokens} tokens is {sum(sizes)} bytes, the arena has "
+                f"{machine.memory.total_bytes}; raise engine.arena_bytes"
+            )
+        unopened = list(self._senders)
+        while True:
+            await machine.open_slots.acquire()
+            self._holds_slot = True
+            for size in sizes:
+                self._regions.append(await machine.memory.allocate(size))
+            try:
+                while unopened:
+                    await unopened[0].open()
+                    del unopened[0]
+            except NoRoomError as error:
+                self._leave()
+                self._free()
+                await asyncio.sleep(error.retry_after_s)
+            else:
+                break
+        layout = machine.info.layout
+        self._rows = [
+            Rows(region.view, layout, sender.spec.tokens, sender.spec.shard)
+            for region, sender in zip(self._regions, self._senders, strict=True)
+        ]
+
+    async def _compute(self, content: KvContent, emit: Callable[[PrefillEvent], None]) -> None:
+        machine = self._machine
+        token_bytes = machine.info.layout.bytes_per_token // len(machine.info.layout.layers)
+        state_bytes = machine.info.layout.fixed_bytes // len(machine.info.layout.layers)
+
+        async def layer_computed(layer: int, start: int, end: int) -> None:
+            size = (end - start) * token_bytes + (state_bytes if end == self._tokens.end else 0)
+            made = await machine.run(lambda: [rows.write(content, layer, start, end) for rows in self._rows], size)
+            self._computed_s[layer] = time.monotonic()
+            for unsent, pieces in zip(self._unsent, made, strict=True):
+                unsent += pieces
+            if machine.config.send == "layerwise":
+                self._send()
+            if layer == len(self._computed_s) - 1:
+                self.remaining_tokens = self._tokens.end - end
+                emit(PrefillProgress(end - self._tokens.start))
+
+        await machine.compute(self._tokens.start, self._tokens.end, layer_computed)
+        self._send()
+
+    def _send(self) -> None:
+        for sender, pieces in zip(self._senders, self._unsent, strict=True):
+            sender.put(list(pieces))
+            pieces.clear()
+
+    def _leave(self) -> None:
+        if self._holds_slot:
+            self._holds_slot = False
+            self._machine.open_slots.release()
+
+    def _free(self) -> None:
+        self._rows.clear()
+        while self._regions:
+            self._machine.memory.free(self._regions.pop())
+
+    async def _clean_up(self) -> None:
+        self.remaining_tokens = 0
+        self._leave()
+        for sender in self._senders:
+            await sender.aclose()
+        self._unsent.clear()
+        self._free()
