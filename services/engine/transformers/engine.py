@@ -1,0 +1,92 @@
+"""`TransformersEngine`: an asyncio front, one thread that computes, KV memory in one arena."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import PurePath
+
+from prfaas.common.config import EngineConfig
+from prfaas.common.errors import EngineError
+from prfaas.services.engine.api import (
+    DecodeEvent,
+    DecodeRequest,
+    EngineInfo,
+    EngineLoad,
+    PrefillEvent,
+    PrefillRequest,
+)
+from prfaas.services.engine.transformers import loader
+from prfaas.services.engine.transformers.line import PrefillLine
+from prfaas.services.engine.transformers.requests import DecodeLife, Desk, PrefillLife
+from prfaas.services.engine.transformers.stepper import Stepper
+from prfaas.transport.api import KvReceiver, KvSender
+from prfaas.transport.arena import Arena
+
+
+class TransformersEngine:
+    """`services.engine.api.Engine` on transformers' own modules."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._desk: Desk | None = None
+        self._lives: set[PrefillLife | DecodeLife] = set()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._ready().info
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        loaded = await loop.run_in_executor(None, loader.load, self._config)
+        arena = await loop.run_in_executor(None, Arena, self._config.arena_bytes)
+        info = EngineInfo(
+            model=self._config.served_model or PurePath(self._config.model).name,
+            model_fingerprint=loaded.fingerprint,
+            layout=loaded.layout,
+            max_model_tokens=loaded.max_model_tokens,
+            vocabulary=loaded.vocabulary,
+            eos_token_ids=loaded.eos_token_ids,
+            arena_bytes=arena.total_bytes,
+        )
+        stepper = Stepper(loaded.model, self._config, loop)
+        self._desk = Desk(self._config, info, arena, stepper, PrefillLine(self._config.max_prefills))
+
+    async def close(self) -> None:
+        desk, self._desk = self._desk, None
+        if desk is None:
+            return
+        for life in list(self._lives):
+            life.stream.fail(EngineError("the engine is closing"))
+        await asyncio.gather(*(life.stream.aclose() for life in list(self._lives)))
+        await desk.stepper.stop()
+
+    def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> AsyncIterator[PrefillEvent]:
+        life = PrefillLife(self._ready(), request, transfers)
+        self._keep(life)
+        return life.stream
+
+    def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> AsyncIterator[DecodeEvent]:
+        life = DecodeLife(self._ready(), request, transfers)
+        self._keep(life)
+        return life.stream
+
+    def load(self) -> EngineLoad:
+        desk = self._ready()
+        decodes = [life for life in self._lives if isinstance(life, DecodeLife) and life.is_decoding]
+        return EngineLoad(
+            queued_requests=desk.line.queued_requests,
+            queued_tokens=desk.line.queued_tokens,
+            running_requests=len(decodes),
+            context_tokens=sum(life.context_tokens for life in decodes),
+            free_kv_bytes=desk.arena.free_bytes,
+        )
+
+    def _ready(self) -> Desk:
+        if self._desk is None:
+            raise EngineError("the engine has not been started, or is closed")
+        return self._desk
+
+    def _keep(self, life: PrefillLife | DecodeLife) -> None:
+        self._lives.add(life)
+        life.stream.on_closed(lambda: self._lives.discard(life))

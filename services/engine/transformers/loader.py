@@ -1,0 +1,136 @@
+"""From a directory or a Hugging Face id to a model that can be driven: refusal, fingerprint, weights, KV layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from prfaas.common.config import EngineConfig
+from prfaas.common.errors import ConfigError, ModelRefusedError
+from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, model_fingerprint
+from prfaas.services.engine.transformers import attention
+from prfaas.services.engine.transformers.families import LayerwiseModel, family_of
+from prfaas.services.engine.transformers.kv_memory import LAYOUT_DTYPES
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: LayerwiseModel
+    fingerprint: str
+    layout: KvLayout
+    max_model_tokens: int
+    vocabulary: int
+    eos_token_ids: tuple[int, ...]
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Read the model that `config` names. Blocks for seconds.
+
+    Raises ConfigError (no such model, no safetensors), ModelRefusedError (before any weight is read).
+    """
+    if config.device != "cpu":
+        raise ConfigError([f"engine.device = {config.device!r}: this engine computes on the CPU only so far"])
+    try:
+        model_config = AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise _config_error(config.model, error) from error
+    family = family_of(model_config)
+    directory = _directory(config.model)
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError([f"engine.model = {config.model!r}: no *.safetensors file in it"])
+    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    # transformers' own attention first: the layout is read off what its cache holds.
+    causal_lm = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+    ).eval()
+    if causal_lm.dtype not in LAYOUT_DTYPES:
+        raise ConfigError(
+            [f"engine.dtype: the model's dtype {causal_lm.dtype} is not one of {', '.join(LAYOUT_DTYPES.values())}"]
+        )
+    layout = _probe_layout(causal_lm)
+    attention.register()
+    causal_lm.set_attn_implementation(attention.ATTENTION_NAME)
+    return LoadedModel(
+        model=family(causal_lm),
+        fingerprint=model_fingerprint((path.name, _digest(path)) for path in (directory / "config.json", *weights)),
+        layout=layout,
+        max_model_tokens=_max_model_tokens(config, model_config),
+        vocabulary=model_config.vocab_size,
+        eos_token_ids=_eos_token_ids(directory, model_config),
+    )
+
+
+def _config_error(model: str, error: Exception) -> ConfigError | ModelRefusedError:
+    """transformers knows a model type by its config.json; one that it doesn't know has not been verified either."""
+    if isinstance(error, ValueError) and "model type" in str(error):
+        return ModelRefusedError(f"the model type of {model!r} is unknown to the installed transformers")
+    reason = str(error).strip().split("\n")[0]
+    return ConfigError([f"engine.model = {model!r}: no such directory or Hugging Face model ({reason})"])
+
+
+def _directory(model: str) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.digest()
+
+
+def _max_model_tokens(config: EngineConfig, model_config: Any) -> int:
+    own = int(model_config.max_position_embeddings)
+    if config.max_model_tokens > own:
+        raise ConfigError([f"engine.max_model_tokens = {config.max_model_tokens}: the model has {own} positions"])
+    return config.max_model_tokens or own
+
+
+def _eos_token_ids(directory: Path, model_config: Any) -> tuple[int, ...]:
+    """Of generation_config.json, else of config.json."""
+    eos = None
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    if eos is None:
+        eos = model_config.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
+
+
+def _probe_layout(causal_lm: Any) -> KvLayout:
+    """Run two tokens and look at what transformers' cache holds of each layer: real shapes, real dtypes."""
+    cache = DynamicCache(config=causal_lm.config)
+    with torch.inference_mode():
+        causal_lm(torch.zeros((1, 2), dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return KvLayout(tuple(LayerLayout(tuple(_tensors_of(layer))) for layer in cache.layers))
+
+
+def _tensors_of(layer: Any) -> list[TensorLayout]:
+    tensors = []
+    if getattr(layer, "keys", None) is not None:
+        # A token at position p attends to p − W < k ≤ p: W − 1 tokens besides itself.
+        window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
+        for kind, tensor in ((TensorKind.KEY, layer.keys), (TensorKind.VALUE, layer.values)):
+            _, heads, _, dim = tensor.shape
+            tensors.append(TensorLayout(kind, LAYOUT_DTYPES[tensor.dtype], heads, (dim,), window))
+    if getattr(layer, "number_of_states", 0) > 1:
+        raise ModelRefusedError("layers with several convolution states have not been verified")
+    for kind, states in ((TensorKind.CONV, "conv_states"), (TensorKind.RECURRENT, "recurrent_states")):
+        state = getattr(layer, states, {}).get(0)
+        if state is not None:
+            tensors.append(TensorLayout(kind, LAYOUT_DTYPES[state.dtype], 1, tuple(state.shape[1:])))
+    return tensors

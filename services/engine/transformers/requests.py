@@ -1,0 +1,432 @@
+"""The life of one request on the loop's thread: checks, memory, transfers, events, cleanup. The stepper computes."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from prfaas.common.config import EngineConfig
+from prfaas.common.errors import EngineError, NoRoomError, OutOfMemoryError, PrfaasError, RequestError
+from prfaas.common.kv_layout import TokenRange
+from prfaas.services.engine.api import (
+    DecodeDone,
+    DecodeEvent,
+    DecodeRequest,
+    EngineInfo,
+    FinishReason,
+    PrefillDone,
+    PrefillEvent,
+    PrefillProgress,
+    PrefillRequest,
+)
+from prfaas.services.engine.transformers import kv_memory
+from prfaas.services.engine.transformers.decode import DecodeRow
+from prfaas.services.engine.transformers.event_stream import EventStream
+from prfaas.services.engine.transformers.kv_memory import RequestKv, TransferDestination
+from prfaas.services.engine.transformers.line import PrefillLine
+from prfaas.services.engine.transformers.prefill import Outbox, PrefillJob
+from prfaas.services.engine.transformers.stepper import Stepper
+from prfaas.transport.api import KvDestination, KvReceiver, KvSender, TransferSpec
+from prfaas.transport.arena import Arena
+
+# Besides the round trip: OPEN is looked at when a step ends, so be early by about one.
+_OPEN_MARGIN_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What all requests of an engine share."""
+
+    config: EngineConfig
+    info: EngineInfo
+    arena: Arena
+    stepper: Stepper
+    line: PrefillLine
+
+
+def check_tokens(token_ids: Sequence[int], vocabulary: int, param: str) -> RequestError | None:
+    """Whether all ids are in the vocabulary, at numpy's speed: a prompt may have 100,000."""
+    try:
+        ids = np.asarray(token_ids, dtype=np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return RequestError(f"{param} must be token ids", param=param)
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if wrong.any():
+        return RequestError(
+            f"token id {int(ids[wrong.argmax()])} at position {int(wrong.argmax())} is outside the vocabulary "
+            f"of {vocabulary}",
+            param=param,
+        )
+    return None
+
+
+class _Deadline:
+    """Fails a request after its timeout."""
+
+    def __init__(self, timeout_s: float | None, fail: Callable[[Exception], None]) -> None:
+        error = TimeoutError(f"the request took longer than {timeout_s} s")
+        loop = asyncio.get_running_loop()
+        self._handle = None if timeout_s is None else loop.call_later(max(0.0, timeout_s), fail, error)
+
+    def cancel(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+
+class PrefillLife:
+    """A prefill for other nodes: in the line → computing (OPEN on its way or answered) → draining → done.
+
+    "No room" sends it back into the line, aside, with nothing held, until the receiver has taken its OPEN.
+    """
+
+    def __init__(self, desk: Desk, request: PrefillRequest, senders: Sequence[KvSender]) -> None:
+        self._desk = desk
+        self._tokens = request.prompt_token_ids
+        self._senders = list(senders)
+        self._end = max((sender.spec.tokens.end for sender in senders), default=0)
+        self._start = min((sender.spec.tokens.start for sender in senders), default=0)
+        self._queued_s = time.monotonic()
+        self._kv: RequestKv | None = None
+        self._job: PrefillJob | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._opened = False
+        self.aside = False
+        self.stream: EventStream[PrefillEvent] = EventStream(self._close)
+        self._deadline = _Deadline(request.timeout_s, self._fail)
+        self._begin()
+
+    def _begin(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            self._fail(problem)
+            return
+        if self._start >= self._end:
+            now = time.monotonic()
+            self.stream.push(PrefillDone(self._queued_s, now, now, []))
+            self.stream.end()
+            return
+        for sender in self._senders:
+            sender.on_failed(self._fail)
+        self._desk.line.join(self)
+
+    def _problem(self) -> PrfaasError | None:
+        desk, n = self._desk, len(self._tokens)
+        if not n:
+            return RequestError("the prompt is empty", param="prompt")
+        if self._senders and self._end != n - 1:
+            return EngineError(f"the ticket is for tokens up to {self._end}, a prompt of {n} tokens needs {n - 1}")
+        if n > desk.info.max_model_tokens:
+            return _too_long(n, desk.info)
+        if not kv_memory.fits(desk.arena, desk.info.layout, self._end):
+            return OutOfMemoryError(f"the KV of {n} prompt tokens doesn't fit into this node's arena")
+        return check_tokens(self._tokens, desk.info.vocabulary, "prompt")
+
+    # -- in the line --------------------------------------------------------------------------------------------------
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self._end if self._job is None else self._job.remaining_tokens
+
+    @property
+    def lead_s(self) -> float:
+        return max(sender.rtt_s for sender in self._senders) + _OPEN_MARGIN_S
+
+    def turn_is_near(self) -> None:
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+
+    def start(self) -> bool:
+        desk = self._desk
+        self._kv = kv_memory.carve(desk.arena, desk.info.layout, self._end)
+        if self._kv is None:
+            return False
+        self.turn_is_near()
+        outbox = Outbox(
+            self._kv,
+            desk.info.layout,
+            self._senders,
+            hold=desk.config.send == "after_prefill",
+            opened=self._opened,
+        )
+        self._job = PrefillJob(self._tokens, self._end, self._kv, outbox, self._stepped, self._computed, self._queued_s)
+        desk.stepper.add_prefill(self._job)
+        return True
+
+    # -- OPEN ---------------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        unopened = list(self._senders)
+        try:
+            while unopened:
+                try:
+                    await unopened[0].open()
+                    unopened.pop(0)
+                except NoRoomError as error:
+                    await self._step_aside()
+                    await asyncio.sleep(error.retry_after_s)
+        except Exception as error:  # the transport's errors, each with its own text, go to the caller as they are
+            self._fail(error)
+            return
+        self._opened = True
+        if self._job is not None and self._job.outbox is not None:
+            self._job.outbox.opened()
+        if self.aside:
+            self.aside = False
+            self._desk.line.advance()
+
+    async def _step_aside(self) -> None:
+        """Let others have the slot and the memory. Nothing has left yet: OPEN comes before the first piece."""
+        self.aside = True
+        if self._job is not None:
+            job, self._job = self._job, None
+            await self._desk.stepper.remove(job, None)
+            self._free()
+            self._desk.line.rejoin(self)
+        else:
+            self._desk.line.advance()
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    def _stepped(self, tokens: int, duration_s: float) -> None:
+        self._desk.line.stepped(tokens, duration_s)
+        if self._job is not None:
+            self.stream.push(PrefillProgress(max(0, self._job.computed_tokens - self._start)))
+
+    def _computed(self, error: Exception | None) -> None:
+        self._desk.line.leave(self)
+        if error is not None:
+            self._fail(error)
+        else:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        assert self._job is not None
+        job = self._job
+        try:
+            reports = [await sender.done() for sender in self._senders]
+        except Exception as error:  # as in _open
+            self._fail(error)
+            return
+        self.stream.push(PrefillDone(job.queued_s, job.started_s, job.ended_s, job.computed_s, reports))
+        self.stream.end()
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        self.stream.fail(error)
+        if self._job is not None:
+            self._job.abandoned = True
+        self._desk.line.leave(self)
+
+    async def _close(self) -> None:
+        self._deadline.cancel()
+        await _cancelled(self._opening, self._draining)
+        if self._job is not None:
+            await self._desk.stepper.remove(self._job, None)
+        for sender in self._senders:
+            await sender.aclose()
+        self._free()
+        self._desk.line.leave(self)
+
+    def _free(self) -> None:
+        if self._kv is not None:
+            self._kv.free()
+            self._kv = None
+
+
+class DecodeLife:
+    """A decode: KV from receivers, or a local prefill through the line → joining → running → done."""
+
+    def __init__(self, desk: Desk, request: DecodeRequest, receivers: Sequence[KvReceiver]) -> None:
+        self._desk = desk
+        self._context = [*request.prompt_token_ids, *request.output_token_ids]
+        self._request = request
+        self._receivers = list(receivers)
+        self._kv: RequestKv | None = None
+        self._job: PrefillJob | None = None
+        self._row: DecodeRow | None = None
+        self._shards_missing: list[int] = []
+        self._queued_s = time.monotonic()
+        self.aside = False
+        self.stream: EventStream[DecodeEvent] = EventStream(self._close)
+        self._deadline = _Deadline(request.timeout_s, self._fail)
+        self._refusal = self._problem()
+        self._begin()
+
+    def _begin(self) -> None:
+        request = self._request
+        if self._refusal is None:
+            self._row = self._make_row()
+        for receiver in self._receivers:
+            receiver.bind(self._reserve, self._layer_arrived, self._fail)
+        if self._refusal is not None:
+            self._fail(self._refusal)
+        elif len(request.output_token_ids) >= request.max_output_tokens:
+            self.stream.push(DecodeDone(FinishReason.LENGTH, len(request.output_token_ids)))
+            self.stream.end()
+        elif not self._receivers:
+            self._desk.line.join(self)
+
+    def _problem(self) -> PrfaasError | None:
+        desk, request, n = self._desk, self._request, len(self._context)
+        if not request.prompt_token_ids:
+            return RequestError("the prompt is empty", param="prompt")
+        if request.max_output_tokens < 1:
+            return RequestError("max_tokens must be at least 1", param="max_tokens")
+        if len(request.prompt_token_ids) + request.max_output_tokens > desk.info.max_model_tokens:
+            return _too_long(len(request.prompt_token_ids) + request.max_output_tokens, desk.info)
+        for receiver in self._receivers:
+            if receiver.spec.tokens != TokenRange(0, n - 1):
+                return EngineError(
+                    f"tokens [{receiver.spec.tokens.start}, {receiver.spec.tokens.end}) were announced, this decode "
+                    f"needs [0, {n - 1}): it holds no prefix"
+                )
+        if not kv_memory.fits(desk.arena, desk.info.layout, self._capacity_tokens, self._received_end):
+            return OutOfMemoryError(f"the KV of {self._capacity_tokens} tokens doesn't fit into this node's arena")
+        return check_tokens(self._context, desk.info.vocabulary, "prompt")
+
+    @property
+    def _capacity_tokens(self) -> int:
+        return len(self._request.prompt_token_ids) + self._request.max_output_tokens
+
+    @property
+    def _received_end(self) -> int | None:
+        return len(self._context) - 1 if self._receivers else None
+
+    @property
+    def is_decoding(self) -> bool:
+        """It holds memory, and its KV is complete or on its way."""
+        return self._row is not None and self._row.kv is not None
+
+    @property
+    def context_tokens(self) -> int:
+        return 0 if self._row is None else self._row.position
+
+    def _make_row(self) -> DecodeRow:
+        request, desk = self._request, self._desk
+        seed = request.sampling.seed
+        return DecodeRow(
+            token=self._context[-1],
+            position=len(self._context) - 1,
+            output_tokens=len(request.output_token_ids),
+            max_output_tokens=request.max_output_tokens,
+            params=request.sampling,
+            seed=secrets.randbits(64) if seed is None else seed,
+            eos_token_ids=desk.info.eos_token_ids,
+            layer_count=len(desk.info.layout.layers),
+            emit=self._emit,
+            waits_for_all=desk.config.join == "when_complete",
+        )
+
+    # -- KV from other nodes ------------------------------------------------------------------------------------------
+
+    def _reserve(self, spec: TransferSpec) -> KvDestination | None:
+        """At OPEN: prompt and max_tokens, once for all shards."""
+        if self._refusal is not None or self._row is None:
+            raise EngineError(str(self._refusal))
+        if self.stream.sealed:
+            raise EngineError("the request has ended")
+        layout = self._desk.info.layout
+        if self._kv is None:
+            self._kv = kv_memory.carve(self._desk.arena, layout, self._capacity_tokens, self._received_end)
+            if self._kv is None:
+                return None
+            self._shards_missing = [len(self._receivers)] * len(layout.layers)
+            self._row.kv = self._kv
+            self._row.expect_all()
+            self._desk.stepper.add_row(self._row)
+        return TransferDestination(self._kv, layout, spec)
+
+    def _layer_arrived(self, layer: int) -> None:
+        self._shards_missing[layer] -= 1
+        if self._shards_missing[layer] == 0 and self._row is not None:
+            self._row.arrived(layer, time.monotonic())
+            self._desk.stepper.wake()
+
+    # -- local prefill: in the line -----------------------------------------------------------------------------------
+
+    @property
+    def remaining_tokens(self) -> int:
+        return len(self._context) - 1 if self._job is None else self._job.remaining_tokens
+
+    lead_s = 0.0
+
+    def turn_is_near(self) -> None:
+        pass
+
+    def start(self) -> bool:
+        desk = self._desk
+        self._kv = kv_memory.carve(desk.arena, desk.info.layout, self._capacity_tokens)
+        if self._kv is None:
+            return False
+        end = len(self._context) - 1
+        if end == 0:
+            self._kv.clear_states()
+            self._join_locally()
+            asyncio.get_running_loop().call_soon(desk.line.leave, self)
+            return True
+        self._job = PrefillJob(self._context, end, self._kv, None, desk.line.stepped, self._computed, self._queued_s)
+        desk.stepper.add_prefill(self._job)
+        return True
+
+    def _computed(self, error: Exception | None) -> None:
+        self._desk.line.leave(self)
+        if error is not None:
+            self._fail(error)
+        elif not self.stream.sealed:
+            self._join_locally()
+
+    def _join_locally(self) -> None:
+        assert self._row is not None
+        self._row.kv = self._kv
+        self._row.have_all()
+        if self._job is not None:
+            self._row.prefill_s = (self._job.queued_s, self._job.started_s, self._job.ended_s)
+        self._desk.stepper.add_row(self._row)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _emit(self, event: DecodeEvent | Exception) -> None:
+        if isinstance(event, Exception):
+            self._fail(event)
+            return
+        self.stream.push(event)
+        if isinstance(event, DecodeDone):
+            self.stream.end()
+
+    def _fail(self, error: Exception) -> None:
+        self.stream.fail(error)
+        if self._job is not None:
+            self._job.abandoned = True
+        self._desk.line.leave(self)
+
+    async def _close(self) -> None:
+        self._deadline.cancel()
+        if self._job is not None or self._row is not None:
+            await self._desk.stepper.remove(self._job, self._row)
+        for receiver in self._receivers:
+            await receiver.aclose()
+        if self._kv is not None:
+            self._kv.free()
+            self._kv = None
+        self._desk.line.leave(self)
+
+
+def _too_long(tokens: int, info: EngineInfo) -> RequestError:
+    return RequestError(
+        f"{tokens} tokens (prompt and max_tokens) are more than the model's {info.max_model_tokens}",
+        param="prompt",
+        code="context_length_exceeded",
+    )
+
+
+async def _cancelled(*tasks: asyncio.Task[None] | None) -> None:
+    for task in tasks:
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

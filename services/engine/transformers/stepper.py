@@ -1,0 +1,156 @@
+"""The one thread that computes. It takes turns: a pass of the decode batch, a step of one prefill, and again.
+
+The loop talks to it by commands, carried out between two steps, and by `wake` (something has arrived); it talks to the
+loop by `call_soon_threadsafe`. With nothing to do it sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from prfaas.common.config import EngineConfig
+from prfaas.common.errors import EngineError
+from prfaas.services.engine.api import DecodeEvent
+from prfaas.services.engine.transformers.decode import DecodeRow, SlipstreamBatch
+from prfaas.services.engine.transformers.families import LayerwiseModel
+from prfaas.services.engine.transformers.prefill import PrefillJob, run_step
+from prfaas.services.engine.transformers.prefill_queue import TurnOrder
+
+
+class Stepper:
+    """Methods are called on the loop's thread."""
+
+    def __init__(self, model: LayerwiseModel, config: EngineConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self._model = model
+        self._config = config
+        self._loop = loop
+        self._batch = SlipstreamBatch(model, config.max_batch)
+        self._prefills: TurnOrder[PrefillJob] = TurnOrder(lambda job: job.remaining_tokens)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._awake = threading.Condition()
+        self._stopping = False
+        self._woken = False
+        self._thread = threading.Thread(target=self._run, name="prfaas-engine", daemon=True)
+        self._thread.start()
+
+    # -- the loop's side ----------------------------------------------------------------------------------------------
+
+    def add_prefill(self, job: PrefillJob) -> None:
+        self._submit(lambda: self._prefills.add(job))
+
+    def add_row(self, row: DecodeRow) -> None:
+        self._submit(lambda: self._batch.join(row))
+
+    async def remove(self, job: PrefillJob | None, row: DecodeRow | None) -> None:
+        """When it returns the thread doesn't know them any more, and none of their callbacks is on its way."""
+        gone = self._loop.create_future()
+
+        def drop() -> None:
+            if job is not None:
+                self._prefills.discard(job)
+            if row is not None:
+                self._batch.discard(row)
+            self._post(settle)
+
+        def settle() -> None:
+            if not gone.done():
+                gone.set_result(None)
+
+        if job is not None:
+            job.abandoned = True
+        if not self._thread.is_alive():
+            return
+        self._submit(drop)
+        await gone
+
+    def wake(self) -> None:
+        """A layer has arrived."""
+        with self._awake:
+            self._woken = True
+            self._awake.notify()
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        with self._awake:
+            self._inbox.append(command)
+            self._awake.notify()
+
+    async def stop(self) -> None:
+        """All requests have been removed."""
+        with self._awake:
+            self._stopping = True
+            self._awake.notify()
+        await self._loop.run_in_executor(None, self._thread.join)
+
+    # -- the thread's side --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._config.threads)
+        with torch.inference_mode():
+            while self._wait_for_work():
+                if self._batch.can_run:
+                    self._decode_pass()
+                if (job := self._prefills.next()) is not None:
+                    self._prefill_step(job)
+
+    def _wait_for_work(self) -> bool:
+        """Carry out what the loop has submitted; sleep until there is something to compute. False: stop."""
+        while True:
+            with self._awake:
+                while not (self._inbox or self._stopping or self._woken or self._has_work):
+                    self._awake.wait()
+                if self._stopping:
+                    return False
+                self._woken = False
+                commands = list(self._inbox)
+                self._inbox.clear()
+            for command in commands:
+                command()
+            if self._has_work:
+                return True
+
+    @property
+    def _has_work(self) -> bool:
+        return len(self._prefills) > 0 or self._batch.can_run
+
+    def _post(self, callback: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(callback)
+
+    def _decode_pass(self) -> None:
+        try:
+            events: list[tuple[DecodeRow, DecodeEvent | Exception]] = [*self._batch.run_pass()]
+        except Exception as error:  # whatever torch raises: these requests have failed, the engine goes on
+            failure = EngineError(f"a decode step failed: {error}")
+            rows = [*self._batch.running, *self._batch.joining]
+            events = [(row, failure) for row in rows]
+            for row in rows:
+                self._batch.discard(row)
+        if events:
+            self._post(lambda: _emit(events))
+
+    def _prefill_step(self, job: PrefillJob) -> None:
+        busy = self._batch.is_busy
+        step_tokens = self._config.local_prefill_step_tokens if busy else self._config.prefill_step_tokens
+        failure: Exception | None = None
+        before, started_s = job.computed_tokens, time.monotonic()
+        try:
+            if not run_step(self._model, job, min(step_tokens, self._config.prefill_step_tokens)):
+                self._prefills.discard(job)
+                return
+        except Exception as error:  # as above
+            failure = EngineError(f"a prefill step failed: {error}")
+        if failure is None:
+            tokens, duration_s = job.computed_tokens - before, time.monotonic() - started_s
+            self._post(lambda: job.on_step(tokens, duration_s))
+        if failure is not None or not job.remaining_tokens:
+            self._prefills.discard(job)
+            self._post(lambda: job.on_end(failure))
+
+
+def _emit(events: list[tuple[DecodeRow, DecodeEvent | Exception]]) -> None:
+    for row, event in events:
+        row.emit(event)
