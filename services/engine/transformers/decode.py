@@ -17,7 +17,7 @@ token comes about one layer after the last arrival. With nobody running a pass b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,10 +117,10 @@ class SlipstreamBatch:
         batch = _Batch(self._model, self.running)
         first = 0 if self.running else min((row.next_layer for row in joiners), default=0)
         for layer in range(first, self._model.layer_count):
-            batch.enter(row for row in joiners if row.next_layer == layer and row.can_run(layer))
+            batch.enter([row for row in joiners if row.next_layer == layer and row.can_run(layer)])
             if batch.rows:
                 batch.run(layer)
-                batch.leave({row for row in joiners if row.next_layer == layer + 1 and not _can_go_on(row, layer + 1)})
+                batch.leave([row for row in joiners if row.next_layer == layer + 1 and not _can_go_on(row, layer + 1)])
         return self._sample(batch) if batch.rows else []
 
     def _sample(self, batch: _Batch) -> list[tuple[DecodeRow, DecodeEvent]]:
@@ -179,8 +179,9 @@ class _Batch:
         self._rotary: Any = self._model.rotary(self.hidden, self._positions)
         self._cache = RaggedCache([row.kv for row in self.rows if row.kv is not None], places)
 
-    def enter(self, rows: Iterable[DecodeRow]) -> None:
-        entering = list(rows)
+    def enter(self, rows: Sequence[DecodeRow]) -> None:
+        """Those that are in already stay."""
+        entering = [row for row in rows if row not in self.rows]
         if not entering:
             return
         hiddens = [
@@ -198,8 +199,9 @@ class _Batch:
             row.used_s.append(now)
             row.next_layer = layer + 1
 
-    def leave(self, rows: set[DecodeRow]) -> None:
-        if not rows:
+    def leave(self, rows: Sequence[DecodeRow]) -> None:
+        """Each keeps its hidden state. Rows that are not in are ignored."""
+        if not any(row in rows for row in self.rows):
             return
         staying = []
         for index, row in enumerate(self.rows):

@@ -1,0 +1,281 @@
+"""A transfer within one process, and engines on top of it.
+
+`Loopback` is not the transport: it copies pieces at once and lets a test decide when layers are announced. The engines
+run on the real transport in test_over_transport.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prfaas.common.config import EngineConfig
+from prfaas.common.errors import NoRoomError, TransferCancelledError
+from prfaas.common.kv_layout import WHOLE, KvLayout, Shard, TokenRange
+from prfaas.services.engine.api import DecodeRequest, PrefillRequest, SamplingParams, TokenEvent
+from prfaas.services.engine.transformers.engine import TransformersEngine
+from prfaas.transport.api import KvDestination, KvPiece, Reserve, TransferReport, TransferSpec
+
+torch.set_num_threads(1)
+
+
+class Loopback:
+    """Both halves of one transfer. `announce` False: layers wait for `announce_layer`."""
+
+    def __init__(self, layout: KvLayout, spec: TransferSpec, *, announce: bool = True, rooms: int = 0) -> None:
+        self.layout = layout
+        self.spec = spec
+        self.announce = announce
+        self.no_room_answers = rooms
+        self.report = TransferReport()
+        self.rtt_s = 0.0
+        self.failed: Exception | None = None
+        self.finished_timings: dict[str, Any] | None = None
+        self.opens = 0
+        self.pieces: list[KvPiece] = []
+        self.opened = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._destination: KvDestination | None = None
+        self._missing = [layout.layer_bytes(layer, spec.tokens, spec.shard) for layer in range(len(layout.layers))]
+        self.complete = asyncio.Event()
+        self._all_here = asyncio.Event()
+        self._failed_callbacks: list[Callable[[Exception], None]] = []
+
+    # -- sender -------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        await asyncio.sleep(0)
+        self.opens += 1
+        if self.no_room_answers > 0:
+            self.no_room_answers -= 1
+            raise NoRoomError("no room", retry_after_s=0.01)
+        destination = self._reserve(self.spec)
+        if destination is None:
+            raise NoRoomError("no room", retry_after_s=0.01)
+        self._destination = destination
+        self.opened.set()
+        for layer, missing in enumerate(self._missing):
+            if not missing and self.announce:
+                self._on_layer(layer)
+
+    def put(self, pieces: Sequence[KvPiece]) -> None:
+        with self._lock:
+            if self.failed is not None:
+                return
+            assert self._destination is not None, "put before OPEN was answered"
+            for piece in pieces:
+                row = self._destination.row(piece.layer, piece.tensor, piece.row)
+                row[piece.offset_bytes : piece.offset_bytes + piece.data.nbytes] = piece.data
+                self.report.raw_bytes += piece.data.nbytes
+                self._missing[piece.layer] -= piece.data.nbytes
+                self.pieces.append(piece)
+                if self._missing[piece.layer] == 0 and self.announce:
+                    self._loop.call_soon_threadsafe(self._on_layer, piece.layer)
+
+    def finish(self, timings: dict[str, Any]) -> None:
+        self.finished_timings = timings
+        assert not any(self._missing), "finished with bytes missing"
+        self._loop.call_soon_threadsafe(self.complete.set)
+
+    def on_failed(self, callback: Callable[[Exception], None]) -> None:
+        self._failed_callbacks.append(callback)
+
+    async def done(self) -> TransferReport:
+        await self.complete.wait()
+        return self.report
+
+    # -- receiver -----------------------------------------------------------------------------------------------------
+
+    def bind(self, reserve: Reserve, on_layer: Callable[[int], None], on_failed: Callable[[Exception], None]) -> None:
+        self._reserve, self._on_layer = reserve, on_layer
+        self._failed_callbacks.append(on_failed)
+
+    def announce_layer(self, layer: int) -> None:
+        assert self._missing[layer] == 0
+        self._on_layer(layer)
+
+    async def finished(self) -> TransferReport:
+        await self.complete.wait()
+        return self.report
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            self.failed = error
+        for callback in self._failed_callbacks:
+            callback(error)
+
+    async def aclose(self, reason: str = "closed") -> None:
+        with self._lock:
+            if self.failed is None:
+                self.failed = TransferCancelledError(reason)
+
+
+def transfer_spec(engine: TransformersEngine, tokens: int, max_output_tokens: int, **changes: Any) -> TransferSpec:
+    fields: dict[str, Any] = {
+        "transfer_id": "0" * 32,
+        "request_id": "r",
+        "tokens": TokenRange(0, tokens - 1),
+        "prompt_tokens": tokens,
+        "max_output_tokens": max_output_tokens,
+        "model_fingerprint": engine.info.model_fingerprint,
+        "layout_hash": engine.info.layout.layout_hash,
+    }
+    return TransferSpec(**(fields | changes))
+
+
+@dataclass
+class Answer:
+    """What came out of a decode."""
+
+    token_ids: list[int] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+
+
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
+
+
+async def collect(events: AsyncIterator[Any]) -> Answer:
+    answer = Answer()
+    try:
+        async for event in events:
+            answer.events.append(event)
+            if isinstance(event, TokenEvent):
+                answer.token_ids.append(event.token_id)
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]
+    return answer
+
+
+class Pair:
+    """A prefill engine and a decode engine, joined by loopbacks."""
+
+    def __init__(self, prefill: TransformersEngine, decode: TransformersEngine) -> None:
+        self.prefill = prefill
+        self.decode = decode
+
+    def loopback(self, tokens: int, max_output_tokens: int, *, shard: Shard = WHOLE, **options: Any) -> Loopback:
+        spec = transfer_spec(self.decode, tokens, max_output_tokens, shard=shard)
+        return Loopback(self.decode.info.layout, spec, **options)
+
+    async def generate(
+        self, prompt: Sequence[int], max_output_tokens: int, sampling: SamplingParams = GREEDY
+    ) -> Answer:
+        """Through both engines; a prompt of one token needs no prefill."""
+        request = DecodeRequest("r", prompt, max_output_tokens, sampling)
+        if len(prompt) == 1:
+            return await collect(self.decode.decode(request, []))
+        transfer = self.loopback(len(prompt), max_output_tokens)
+        decoding = self.decode.decode(request, [transfer])
+        prefilling = asyncio.ensure_future(collect(self.prefill.prefill(PrefillRequest("r", prompt), [transfer])))
+        answer = await collect(decoding)
+        await prefilling
+        return answer
+
+
+MIB = 1 << 20
+
+
+async def started(**settings: Any) -> TransformersEngine:
+    engine = TransformersEngine(EngineConfig(**({"dtype": "float32", "arena_bytes": 64 * MIB} | settings)))
+    await engine.start()
+    return engine
+
+
+@pytest.fixture(scope="session")
+def start_engine() -> Callable[..., Any]:
+    return started
+
+
+@pytest.fixture(scope="session")
+def toolbox() -> Any:
+    """The names above, for test modules (they can't import a conftest under --import-mode=importlib)."""
+    import types
+
+    return types.SimpleNamespace(
+        Loopback=Loopback, Pair=Pair, collect=collect, transfer_spec=transfer_spec, started=started, GREEDY=GREEDY
+    )
+
+
+_SMALL = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 4096,
+    "head_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_HYBRID = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 48,
+        "query_pre_attn_scalar": 32,
+        "final_logit_softcapping": 30.0,
+    },
+    "qwen3_next": {
+        "layer_types": _HYBRID,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+    },
+    "falcon_h1": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_ssm": 128,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 32,
+        "mamba_d_conv": 4,
+        "embedding_multiplier": 1.5,
+        "lm_head_multiplier": 0.5,
+        "key_multiplier": 0.7,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model type -> directory of a tiny random model of it, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(model_type: str) -> Path:
+        if model_type not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(model_type, **(_SMALL | TINY[model_type]))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.dim() >= 2:
+                        parameter.normal_(0, 0.5 if "embed" in name else 0.08)
+            made[model_type] = tmp_path_factory.mktemp(model_type) / f"tiny-{model_type}"
+            model.save_pretrained(made[model_type])
+        return made[model_type]
+
+    return make
