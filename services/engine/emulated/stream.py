@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 E = TypeVar("E")
 
@@ -75,7 +75,7 @@ class TaskStream(Generic[E]):
             asyncio.get_running_loop().call_soon(self._news.set)
 
 
-async def finish(task: asyncio.Future[None]) -> None:
+async def finish(task: asyncio.Future[Any]) -> None:
     """Wait until `task` is done even if the caller is cancelled meanwhile; then pass the cancellation on."""
     cancelled = False
     while not task.done():

@@ -1,0 +1,246 @@
+"""POST /decode: the ticket, then the output as OpenAI's chunks; the open call is the lease (DECISIONS.md 1, 10)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from prfaas.common import log
+from prfaas.common.config import NodeConfig
+from prfaas.common.errors import RequestError, TransferError, UnsupportedError
+from prfaas.common.kv_layout import TokenRange
+from prfaas.common.metrics import NodeMetrics
+from prfaas.services.decode.openai_format import ChunkFormat, WholeFormat
+from prfaas.services.decode.output import OutputText, Piece
+from prfaas.services.decode.stop import StopStrings
+from prfaas.services.decode.timeline import TokenTimes, node_timeline
+from prfaas.services.engine.api import (
+    DecodeDone,
+    DecodeRequest,
+    DecodeTimeline,
+    Engine,
+    SamplingParams,
+    TokenEvent,
+)
+from prfaas.services.engine.tokenizer import TextStream, Tokenizer
+from prfaas.services.leases import Lease, Leases
+from prfaas.services.messages import DecodeCall, KvAddressMessage, SamplingMessage, TicketEvent, to_json
+from prfaas.services.sse import SseResponse
+from prfaas.services.web import Signer, parse_json, read_signed
+from prfaas.transport.api import KvReceiver, LinkClock, TransferSpec
+from prfaas.transport.endpoint import KvEndpoint
+
+CONTEXT_TOKENS = 6
+"""Of the prompt's end, that the first output token's text may depend on (a leading space)."""
+FINISH_WAIT_S = 1.0
+"""At the end of an output, for prefill's timings, if they are not here yet."""
+
+_log = log.get_logger("decode")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeService:
+    engine: Engine
+    endpoint: KvEndpoint
+    tokenizer: Tokenizer
+    leases: Leases
+    metrics: NodeMetrics
+    config: NodeConfig
+    signer: Signer
+    router_clock: Callable[[str], LinkClock | None]
+    """By router name: router_monotonic − ours."""
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/decode", self.handle)]
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        received_s = time.monotonic()
+        call = await parse_json(await read_signed(request, self.signer), DecodeCall)
+        log.bind_request(call.request_id)
+        self._check(call)
+        async with self.leases.hold(call.router, request) as lease, SseResponse(request, self.config.ping_s) as out:
+            outcome = "cancelled"
+            try:
+                outcome = await _Decode(self, call, received_s, out).run()
+            finally:
+                self.metrics.requests.labels("decode", _outcome(lease, outcome)).inc()
+        return out.response
+
+    def _check(self, call: DecodeCall) -> None:
+        """What the client can be told before any work begins. Raises RequestError."""
+        info = self.engine.info
+        ids = [*call.prompt_token_ids, *call.output_token_ids]
+        tokens = len(call.prompt_token_ids) + call.max_output_tokens
+        if not call.prompt_token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        if call.max_output_tokens < 1 or call.max_output_tokens > self.config.max_output_tokens:
+            raise RequestError(
+                f"max_tokens must be from 1 to {self.config.max_output_tokens}, not {call.max_output_tokens}",
+                param="max_tokens",
+            )
+        if tokens > info.max_model_tokens:
+            raise RequestError(
+                f"prompt and output have {tokens} tokens ({len(call.prompt_token_ids)} + {call.max_output_tokens}), "
+                f"this model takes {info.max_model_tokens}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if min(ids) < 0 or max(ids) >= info.vocabulary:
+            raise RequestError(f"token ids must be from 0 to {info.vocabulary - 1}", param="prompt")
+        if info.layout.total_bytes(TokenRange(0, tokens)) > info.arena_bytes:
+            raise RequestError(
+                f"the KVCache of {tokens} tokens does not fit this node's memory; lower max_tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if call.token_start != 0:
+            raise UnsupportedError("this node holds no prefix of the prompt: token_start must be 0")
+
+
+@dataclass(slots=True)
+class _Decode:
+    """One call on its way."""
+
+    service: DecodeService
+    call: DecodeCall
+    received_s: float
+    out: SseResponse
+    times: TokenTimes = field(default_factory=TokenTimes)
+    engine_timeline: DecodeTimeline | None = None
+
+    async def run(self) -> str:
+        """The outcome's word for the metrics. Cancelled: the engine has let go of everything when this raises."""
+        call, service = self.call, self.service
+        output = self._output()
+        format = self._format()
+        unseen = output.replay(call.output_token_ids, call.text_offset)
+        if call.format.echo and not call.output_token_ids:
+            unseen = await asyncio.to_thread(service.tokenizer.decode, call.prompt_token_ids)
+        if output.stopped or len(call.output_token_ids) >= call.max_output_tokens:
+            self.out.send_event("ticket", TicketEvent("", [], 0, 0))
+            self._finish(format, output, unseen, "stop" if output.stopped else "length")
+            self.out.send(format.end())
+            return "done"
+
+        ticket, receiver = self._transfer()
+        events = service.engine.decode(self._request(), [receiver] if receiver is not None else [])
+        try:
+            self.out.send_event("ticket", ticket)
+            reason = "length"
+            async for event in events:
+                if isinstance(event, TokenEvent):
+                    self._count(event)
+                    piece = output.push(event.token_id)
+                    self.out.send(format.piece(Piece(unseen + piece.text, piece.token_ids), output.tokens))
+                    unseen = ""
+                    if output.stopped:
+                        break
+                elif isinstance(event, DecodeTimeline):
+                    self.engine_timeline = event
+                elif isinstance(event, DecodeDone):
+                    reason = str(event.reason)
+            self._finish(format, output, unseen, reason)
+            await self._send_timeline(receiver)
+            self.out.send(format.end())
+        except Exception as error:  # the response has begun: whatever it is, the router hears of it in the stream
+            code = self.out.send_error(error, call.request_id)
+            _log.warning("decode failed", code=code, error=str(error))
+            return code
+        finally:
+            await events.aclose()
+        return "done"
+
+    def _transfer(self) -> tuple[TicketEvent, KvReceiver | None]:
+        """Permission for the KV of all but the last token of the context; none when there is nothing to send."""
+        call, service = self.call, self.service
+        info = service.engine.info
+        end = len(call.prompt_token_ids) + len(call.output_token_ids) - 1
+        if call.local_prefill or end == 0:
+            if end:
+                service.metrics.local_prefills.inc()
+            return TicketEvent("", [], 0, end), None
+        spec = TransferSpec(
+            transfer_id=uuid.uuid4().hex,
+            request_id=call.request_id,
+            tokens=TokenRange(0, end),
+            prompt_tokens=end + 1,
+            max_output_tokens=call.max_output_tokens - len(call.output_token_ids),
+            model_fingerprint=info.model_fingerprint,
+            layout_hash=info.layout.layout_hash,
+        )
+        ticket, receiver = service.endpoint.receiver(spec)
+        addresses = [KvAddressMessage(a.host, a.port, a.rank) for a in service.endpoint.addresses]
+        return TicketEvent(ticket, addresses, 0, end), receiver
+
+    def _request(self) -> DecodeRequest:
+        call = self.call
+        return DecodeRequest(
+            call.request_id,
+            call.prompt_token_ids,
+            call.max_output_tokens,
+            _sampling(call.sampling),
+            call.output_token_ids,
+            call.timeout_s,
+        )
+
+    def _output(self) -> OutputText:
+        call = self.call
+        return OutputText(
+            TextStream(self.service.tokenizer, call.prompt_token_ids[-CONTEXT_TOKENS:]),
+            StopStrings(call.sampling.stop, call.sampling.include_stop_str_in_output),
+            call.sampling.min_tokens,
+        )
+
+    def _format(self) -> ChunkFormat | WholeFormat:
+        call = self.call
+        if call.format.stream:
+            return ChunkFormat(call.format, len(call.prompt_token_ids), resumed=bool(call.output_token_ids))
+        return WholeFormat(call.format, len(call.prompt_token_ids))
+
+    def _count(self, event: TokenEvent) -> None:
+        gap_s = self.times.add(event.at_s)
+        self.service.metrics.output_tokens.inc()
+        if gap_s is not None:
+            self.service.metrics.itl_seconds.observe(gap_s)
+
+    def _finish(self, format: ChunkFormat | WholeFormat, output: OutputText, unseen: str, reason: str) -> None:
+        last = output.finish()
+        reason = "stop" if output.stopped else reason
+        self.out.send(format.finish(Piece(unseen + last.text, last.token_ids), reason, output.tokens))
+
+    async def _send_timeline(self, receiver: KvReceiver | None) -> None:
+        if receiver is not None:
+            with suppress(TransferError, TimeoutError):
+                await asyncio.wait_for(receiver.finished(), FINISH_WAIT_S)
+        timeline = node_timeline(
+            self.received_s,
+            self.times,
+            self.engine_timeline,
+            receiver.report if receiver is not None else None,
+            self.service.router_clock(self.call.router),
+        )
+        arrived = [s for s in timeline.arrived_s if s is not None]
+        if arrived and timeline.ended_s is not None:
+            self.service.metrics.exposed_seconds.observe(max(0.0, max(arrived) - timeline.ended_s))
+        self.out.send(b": timeline %b\n\n" % to_json(timeline))
+
+
+def _sampling(message: SamplingMessage) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        seed=message.seed,
+        min_tokens=message.min_tokens,
+        ignore_eos=message.ignore_eos,
+        stop_token_ids=message.stop_token_ids,
+    )
+
+
+def _outcome(lease: Lease, outcome: str) -> str:
+    return "lease_freed" if lease.freed else outcome

@@ -1,0 +1,267 @@
+"""A node process: one engine, one KV endpoint, one HTTP app that serves either role, heartbeats to every router."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import secrets
+import signal
+from collections.abc import AsyncIterator
+
+import aiohttp
+from aiohttp import web
+from prfaas.common import log
+from prfaas.common.config import Config, EngineConfig
+from prfaas.common.errors import ConfigError
+from prfaas.common.metrics import Metrics
+from prfaas.services import web as services_web
+from prfaas.services.decode.handler import DecodeService
+from prfaas.services.engine.api import Engine
+from prfaas.services.engine.tokenizer import BYTES, load_tokenizer
+from prfaas.services.leases import Leases
+from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LoadMessage, Peer
+from prfaas.services.node.heartbeat import RouterLink
+from prfaas.services.prefill.handler import PrefillService
+from prfaas.transport.api import KvAddress, LinkClock
+from prfaas.transport.endpoint import KvEndpoint
+
+# A body of 262,144 token ids and their JSON, several times over.
+MAX_BODY_BYTES = 64 << 20
+# After its leases were freed, a handler needs a layer's time to clean up.
+CLEAN_UP_S = 5.0
+
+_log = log.get_logger("node")
+
+
+class Node:
+    """What a node process holds. `start` and `close` are called by the app; `heartbeat` once its URL is known."""
+
+    def __init__(self, config: Config, role: str, engine: Engine) -> None:
+        self.config = config
+        self.role = role
+        self.engine = engine
+        self.name = config.node.name or f"{role}-{secrets.token_hex(4)}"
+        self.epoch = secrets.token_hex(8)
+        self.metrics = Metrics()
+        self.leases = Leases()
+        self.draining = False
+        self.leaving = False
+        self.url = ""
+        self.secret = services_web.read_secret(config.cluster)
+        self._signer = services_web.Signer.of(self.secret, config.cluster)
+        self._links: list[RouterLink] = []
+        self._beating: list[asyncio.Task[None]] = []
+        self._session: aiohttp.ClientSession | None = None
+        self._peers: dict[str, list[Peer]] = {}
+        self._started = False
+
+    def why_not_ready(self) -> str | None:
+        if not self._started:
+            return "the engine is starting"
+        return "draining" if self.draining else None
+
+    async def start(self) -> None:
+        """The engine loads its model, the KV endpoint listens. Raises ConfigError, ModelRefusedError."""
+        config = self.config
+        tokenizer = load_tokenizer(BYTES if config.engine.kind == "emulated" else config.engine.model)
+        await self.engine.start()
+        info = self.engine.info
+        self.endpoint = KvEndpoint(
+            config.transport,
+            node=self.name,
+            layout=info.layout,
+            model_fingerprint=info.model_fingerprint,
+            secret=self.secret,
+        )
+        await self.endpoint.start()
+        metrics = self.metrics.node
+        metrics.arena_bytes.set(info.arena_bytes)
+        metrics.running_requests.set_function(lambda: self.engine.load().running_requests)
+        metrics.queued_tokens.set_function(lambda: self.engine.load().queued_tokens)
+        metrics.free_kv_bytes.set_function(lambda: self.engine.load().free_kv_bytes)
+        self._prefill = PrefillService(self.engine, self.endpoint, self.leases, metrics, config.node, self._signer)
+        self._decode = DecodeService(
+            self.engine, self.endpoint, tokenizer, self.leases, metrics, config.node, self._signer, self.router_clock
+        )
+        self._started = True
+        _log.info("node is up", node=self.name, role=self.role, model=info.model, region=config.node.region)
+
+    async def close(self) -> None:
+        self._started = False
+        await self.endpoint.aclose()
+        await self.engine.close()
+
+    async def prefill(self, request: web.Request) -> web.StreamResponse:
+        return await self._prefill.handle(request)
+
+    async def decode(self, request: web.Request) -> web.StreamResponse:
+        return await self._decode.handle(request)
+
+    # -- routers -----------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, url: str) -> None:
+        """Register at every router as reachable under `url`, and keep the registration fresh."""
+        self.url = url
+        self._session = services_web.client_session()
+        config = self.config.node
+        for router_url in dict.fromkeys(config.routers):
+            link = RouterLink(
+                router_url,
+                self._session,
+                self._signer,
+                self.metrics.node,
+                config.heartbeat_s,
+                config.router_dead_s,
+                self._heartbeat,
+                lambda answer, url=router_url: self._answered(url, answer),  # type: ignore[misc]
+                self._router_died,
+            )
+            self._links.append(link)
+            self._beating.append(asyncio.create_task(link.run()))
+
+    async def leave(self) -> None:
+        """The last heartbeats; no more follow."""
+        for task in self._beating:
+            task.cancel()
+        if self._beating:
+            await asyncio.wait(self._beating)
+        self.leaving = True
+        await asyncio.gather(*(link.leave() for link in self._links))
+        if self._session is not None:
+            await self._session.close()
+
+    async def drain(self, drain_s: float) -> None:
+        """Take nothing new, let what runs go on for `drain_s`, then cancel it."""
+        self.draining = True
+        self.leases.refuse_new()
+        for link in self._links:
+            link.beat_now()
+        _log.info("draining", node=self.name, running=len(self.leases), drain_s=drain_s)
+        try:
+            await asyncio.wait_for(self.leases.none_left(), drain_s)
+        except TimeoutError:
+            self._free(None, "drain")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.leases.none_left(), CLEAN_UP_S)
+
+    def router_clock(self, router: str) -> LinkClock | None:
+        """router_monotonic − ours, by the router's name."""
+        return next((link.clock for link in self._links if link.router == router), None)
+
+    def _heartbeat(self, clock: LinkClock | None) -> Heartbeat:
+        info, load = self.engine.info, self.engine.load()
+        return Heartbeat(
+            node=self.name,
+            epoch=self.epoch,
+            region=self.config.node.region,
+            role=self.role,
+            url=self.url,
+            kv_addresses=[KvAddressMessage(a.host, a.port, a.rank) for a in self.endpoint.addresses],
+            model=info.model,
+            model_fingerprint=info.model_fingerprint,
+            layout_hash=info.layout.layout_hash,
+            max_model_tokens=info.max_model_tokens,
+            load=LoadMessage(
+                load.queued_requests, load.queued_tokens, load.running_requests, load.context_tokens, load.free_kv_bytes
+            ),
+            draining=self.draining,
+            leaving=self.leaving,
+            clock_offset_s=clock.offset_s if clock is not None else 0.0,
+            clock_error_s=clock.error_s if clock is not None else 1e9,
+            model_path=self.config.engine.model,
+        )
+
+    def _answered(self, url: str, answer: HeartbeatAnswer) -> None:
+        """Sessions are opened before they are needed. Prefill dials (DECISIONS.md 2)."""
+        before = self._peer_names()
+        self._peers[url] = answer.peers
+        if self.role != "prefill":
+            return
+        for peer in answer.peers:
+            if peer.node != self.name:
+                self.endpoint.connect(peer.node, [KvAddress(a.host, a.port, a.rank) for a in peer.kv_addresses])
+        for gone in before - self._peer_names():
+            self.endpoint.forget(gone)
+
+    def _peer_names(self) -> set[str]:
+        return {peer.node for peers in self._peers.values() for peer in peers}
+
+    def _router_died(self, router: str) -> None:
+        self._free(router, "router_dead")
+
+    def _free(self, router: str | None, reason: str) -> None:
+        freed = self.leases.free(router)
+        self.metrics.node.leases_freed.labels(reason).inc(freed)
+        _log.warning("leases freed", reason=reason, router=router, requests=freed)
+
+
+NODE = web.AppKey("node", Node)
+
+
+def make_app(config: Config, role: str, engine: Engine) -> web.Application:
+    """The app; its start-up starts the engine and the KV endpoint. Heartbeats begin with `app[NODE].heartbeat(url)`."""
+    node = Node(config, role, engine)
+    app = services_web.make_app(node.metrics, not_ready=node.why_not_ready, max_body_bytes=MAX_BODY_BYTES)
+    app[NODE] = node
+    app.router.add_post("/prefill", node.prefill)
+    app.router.add_post("/decode", node.decode)
+    app.cleanup_ctx.append(_running)
+    return app
+
+
+async def _running(app: web.Application) -> AsyncIterator[None]:
+    node = app[NODE]
+    await node.start()
+    yield
+    await node.close()
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """Imports the engine's own world (torch) only when it is the one."""
+    if config.kind == "emulated":
+        from prfaas.services.engine.emulated.engine import EmulatedEngine
+
+        return EmulatedEngine(config)
+    from prfaas.services.engine.transformers.engine import TransformersEngine
+
+    return TransformersEngine(config)
+
+
+@contextlib.asynccontextmanager
+async def running_node(config: Config, role: str, engine: Engine) -> AsyncIterator[Node]:
+    """A whole node, listening and heartbeating, until the block ends; then it leaves, at once."""
+    app = make_app(config, role, engine)
+    node = app[NODE]
+    async with services_web.listening(app, config.node.bind, secret=node.secret, key="node.bind") as (host, port):
+        node.heartbeat(config.node.advertise or _url(host, port))
+        try:
+            yield node
+        finally:
+            node.leases.refuse_new()
+            node.leases.free()
+            await node.leave()
+
+
+def _url(host: str, port: int) -> str:
+    """Raises ConfigError for a wildcard address: nobody can dial it."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            raise ConfigError([f"node.bind is {host}: set node.advertise to the URL under which routers reach it"])
+        if address.version == 6:
+            return f"http://[{host}]:{port}"
+    return f"http://{host}:{port}"
+
+
+async def run(config: Config, role: str) -> None:
+    """Until SIGTERM (drains first) or SIGINT (at once)."""
+    async with running_node(config, role, make_engine(config.engine)) as node:
+        if await services_web.stop_signal() is signal.SIGTERM:
+            await node.drain(config.node.drain_s)
+    _log.info("node has left", node=node.name)
+
+
+def serve(config: Config, role: str) -> None:
+    """The command's body: a node under uvloop."""
+    services_web.run(run(config, role))

@@ -1,0 +1,140 @@
+"""Heartbeats to one router: registration, load, the offset of the clocks; and the router's death when it is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import aiohttp
+import msgspec
+from prfaas.common import log
+from prfaas.common.metrics import NodeMetrics
+from prfaas.services.messages import Heartbeat, HeartbeatAnswer, to_json
+from prfaas.services.web import Signer, signed_post
+from prfaas.transport.api import LinkClock
+from prfaas.transport.clock import ClockEstimator
+from yarl import URL
+
+PATH = "nodes/heartbeat"
+# 10,000 peers with names and addresses; a router that sends more is broken.
+MAX_ANSWER_BYTES = 4 << 20
+LEAVING_TIMEOUT_S = 1.0
+
+_log = log.get_logger("node")
+
+
+class RouterLink:
+    """`make_heartbeat(clock)` → the next one; `on_answer` gets each answer; `on_dead(router)` is called once when the
+    router that answered last has been silent for `dead_s`, and again only after it has answered again."""
+
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        signer: Signer,
+        metrics: NodeMetrics,
+        heartbeat_s: float,
+        dead_s: float,
+        make_heartbeat: Callable[[LinkClock | None], Heartbeat],
+        on_answer: Callable[[HeartbeatAnswer], None],
+        on_dead: Callable[[str], None],
+    ) -> None:
+        self.url = URL(url)
+        self._session = session
+        self._signer = signer
+        self._metrics = metrics
+        self._heartbeat_s = heartbeat_s
+        self._dead_s = dead_s
+        self._make_heartbeat = make_heartbeat
+        self._on_answer = on_answer
+        self._on_dead = on_dead
+        self._estimator = ClockEstimator()
+        self._death: asyncio.TimerHandle | None = None
+        self._now = asyncio.Event()
+        self._trouble = ""
+        self.router: str | None = None
+        """Its name, from its last answer."""
+
+    @property
+    def clock(self) -> LinkClock | None:
+        """router_monotonic − ours; None before the first answer."""
+        return self._estimator.estimate(time.monotonic())
+
+    def beat_now(self) -> None:
+        self._now.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                await self._beat(timeout_s=self._dead_s / 2)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._now.wait(), self._heartbeat_s)
+                self._now.clear()
+        finally:
+            if self._death is not None:
+                self._death.cancel()
+
+    async def leave(self) -> None:
+        """The last heartbeat; the router learns at once that this node is gone, if it can be reached."""
+        await self._beat(timeout_s=LEAVING_TIMEOUT_S)
+
+    async def _beat(self, timeout_s: float) -> None:
+        try:
+            # A connection that was kept from before the router's restart fails at once; a new one may not.
+            try:
+                answer = await self._exchange(timeout_s)
+            except aiohttp.ServerDisconnectedError:
+                answer = await self._exchange(timeout_s)
+        except TimeoutError:
+            self._failed(f"no answer within {timeout_s:g} s")
+        except (aiohttp.ClientError, OSError) as error:
+            self._failed(str(error) or type(error).__name__)
+        except (msgspec.DecodeError, ValueError) as error:
+            self._failed(f"its answer is not understood: {error}")
+        else:
+            self._answered(answer)
+
+    async def _exchange(self, timeout_s: float) -> HeartbeatAnswer:
+        sent_s = time.monotonic()
+        body = to_json(self._make_heartbeat(self.clock))
+        async with asyncio.timeout(timeout_s):
+            async with await signed_post(self._session, self.url / PATH, body, self._signer) as response:
+                data = await _read_bounded(response)
+        received_s = time.monotonic()
+        if response.status != 200:
+            raise ValueError(f"status {response.status} {data[:300].decode('utf-8', 'replace')}")
+        answer = msgspec.json.decode(data, type=HeartbeatAnswer)
+        # NTP's four instants; the time that the router took is not part of the round trip.
+        worked_s = max(0.0, min(answer.answered_s - answer.received_s, received_s - sent_s))
+        middle_s = (answer.received_s + answer.answered_s) / 2
+        self._estimator.add(sent_s + worked_s / 2, middle_s, received_s - worked_s / 2)
+        return answer
+
+    def _answered(self, answer: HeartbeatAnswer) -> None:
+        self._metrics.heartbeats.labels("answered").inc()
+        if self.router != answer.router or self._trouble:
+            _log.info("registered at router", router=answer.router, url=str(self.url))
+        self._trouble = ""
+        self.router = answer.router
+        if self._death is not None:
+            self._death.cancel()
+        self._death = asyncio.get_running_loop().call_later(self._dead_s, self._on_dead, answer.router)
+        self._on_answer(answer)
+
+    def _failed(self, trouble: str) -> None:
+        self._metrics.heartbeats.labels("failed").inc()
+        if trouble != self._trouble:  # once, not every two seconds
+            _log.warning("router does not take heartbeats", url=str(self.url), trouble=trouble)
+        self._trouble = trouble
+
+
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
+    data = bytearray()
+    async for part in response.content.iter_any():
+        data += part
+        if len(data) > MAX_ANSWER_BYTES:
+            raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes")
+    return bytes(data)
