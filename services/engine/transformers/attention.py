@@ -29,7 +29,7 @@ def register() -> None:
 def _attend(
     module: Any, query: torch.Tensor, key: Context, value: Any, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    return key.attend(query, scaling), None
+    return key.attend(query, scaling).to(query.dtype), None
 
 
 class Context(Protocol):
@@ -64,6 +64,7 @@ class PrefillCache:
         low = layer.visible_from(self._start)
         slots = slice(low - layer.first_token, self._end - layer.first_token)
         keys, values = layer.keys[None, :, slots], layer.values[None, :, slots]
+        query = query.to(keys.dtype)
         causal = low == self._start == 0 and (layer.window_tokens is None or self._end - 1 <= layer.window_tokens)
         mask = None if causal else self._mask(low, layer.window_tokens, query)
         output = scaled_dot_product_attention(
@@ -201,7 +202,7 @@ class _RaggedContext:
         fast as `enable_gqa`, which reads the KV once a query head."""
         rows, heads, _, dim = query.shape
         outputs = []
-        for row, (keys, values) in zip(query.unbind(), self._visible, strict=True):
+        for row, (keys, values) in zip(query.to(self._visible[0][0].dtype).unbind(), self._visible, strict=True):
             kv_heads = keys.shape[0]
             grouped = row.reshape(1, kv_heads, heads // kv_heads, dim)
             outputs.append(scaled_dot_product_attention(grouped, keys[None], values[None], scale=scaling))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from prfaas.common.config import EngineConfig
@@ -13,6 +13,7 @@ from prfaas.services.engine.api import (
     DecodeRequest,
     EngineInfo,
     EngineLoad,
+    EventStream,
     PrefillEvent,
     PrefillRequest,
 )
@@ -61,12 +62,12 @@ class TransformersEngine:
         await asyncio.gather(*(life.stream.aclose() for life in list(self._lives)))
         await desk.stepper.stop()
 
-    def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> AsyncIterator[PrefillEvent]:
+    def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> EventStream[PrefillEvent]:
         life = PrefillLife(self._ready(), request, transfers)
         self._keep(life)
         return life.stream
 
-    def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> AsyncIterator[DecodeEvent]:
+    def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> EventStream[DecodeEvent]:
         life = DecodeLife(self._ready(), request, transfers)
         self._keep(life)
         return life.stream

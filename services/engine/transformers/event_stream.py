@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 E = TypeVar("E")
 
 
-class EventStream(AsyncIterator[E], Generic[E]):
+class RequestEvents(Generic[E]):
     """Events come out in the order they were pushed, then the end or the failure. On the loop's thread."""
 
     def __init__(self, cleanup: Callable[[], Awaitable[None]]) -> None:
@@ -39,6 +39,9 @@ class EventStream(AsyncIterator[E], Generic[E]):
         if not self._sealed:
             self._sealed = True
             self._queue.put_nowait(last)
+
+    def __aiter__(self) -> AsyncIterator[E]:
+        return self
 
     async def __anext__(self) -> E:
         if self._drained or self._closing is not None:

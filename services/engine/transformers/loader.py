@@ -15,7 +15,7 @@ from prfaas.common.errors import ConfigError, ModelRefusedError
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, model_fingerprint
 from prfaas.services.engine.transformers import attention
 from prfaas.services.engine.transformers.families import LayerwiseModel, family_of
-from prfaas.services.engine.transformers.kv_memory import LAYOUT_DTYPES
+from prfaas.services.engine.transformers.kv_memory import LAYOUT_DTYPES, TORCH_DTYPES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 _HASH_BLOCK_BYTES = 1 << 20
@@ -47,16 +47,12 @@ def load(config: EngineConfig) -> LoadedModel:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise ConfigError([f"engine.model = {config.model!r}: no *.safetensors file in it"])
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = _dtype(config, model_config)
     # transformers' own attention first: the layout is read off what its cache holds.
     causal_lm = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        directory, dtype=_compute_dtype(dtype), use_safetensors=True, attn_implementation="sdpa"
     ).eval()
-    if causal_lm.dtype not in LAYOUT_DTYPES:
-        raise ConfigError(
-            [f"engine.dtype: the model's dtype {causal_lm.dtype} is not one of {', '.join(LAYOUT_DTYPES.values())}"]
-        )
-    layout = _probe_layout(causal_lm)
+    layout = _probe_layout(causal_lm, LAYOUT_DTYPES[dtype])
     attention.register()
     causal_lm.set_attn_implementation(attention.ATTENTION_NAME)
     return LoadedModel(
@@ -82,6 +78,25 @@ def _directory(model: str) -> Path:
     if path.is_dir():
         return path
     return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+
+
+def _dtype(config: EngineConfig, model_config: Any) -> torch.dtype:
+    """Of the model as configured, and so of its KV."""
+    dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if dtype not in LAYOUT_DTYPES:
+        names = ", ".join(TORCH_DTYPES)
+        raise ConfigError([f"engine.dtype = {config.dtype!r}: the model's dtype is {dtype}; name one of {names}"])
+    return dtype
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 where the CPU can't multiply in `dtype`: torch then emulates it at a tenth of the speed. The KV keeps
+    `dtype` all the same."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype not in supported or supported[dtype]() else torch.float32
 
 
 def _digest(path: Path) -> bytes:
@@ -111,26 +126,30 @@ def _eos_token_ids(directory: Path, model_config: Any) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
 
 
-def _probe_layout(causal_lm: Any) -> KvLayout:
-    """Run two tokens and look at what transformers' cache holds of each layer: real shapes, real dtypes."""
+def _probe_layout(causal_lm: Any, dtype: str) -> KvLayout:
+    """Run two tokens and look at what transformers' cache holds of each layer: real shapes, real dtypes.
+
+    What the model holds in its own dtype is kept in `dtype`; recurrent states are float32 in all dtypes.
+    """
     cache = DynamicCache(config=causal_lm.config)
     with torch.inference_mode():
         causal_lm(torch.zeros((1, 2), dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return KvLayout(tuple(LayerLayout(tuple(_tensors_of(layer))) for layer in cache.layers))
+    return KvLayout(tuple(LayerLayout(tuple(_tensors_of(layer, dtype))) for layer in cache.layers))
 
 
-def _tensors_of(layer: Any) -> list[TensorLayout]:
+def _tensors_of(layer: Any, dtype: str) -> list[TensorLayout]:
     tensors = []
     if getattr(layer, "keys", None) is not None:
         # A token at position p attends to p − W < k ≤ p: W − 1 tokens besides itself.
         window = layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
         for kind, tensor in ((TensorKind.KEY, layer.keys), (TensorKind.VALUE, layer.values)):
             _, heads, _, dim = tensor.shape
-            tensors.append(TensorLayout(kind, LAYOUT_DTYPES[tensor.dtype], heads, (dim,), window))
+            tensors.append(TensorLayout(kind, dtype, heads, (dim,), window))
     if getattr(layer, "number_of_states", 0) > 1:
         raise ModelRefusedError("layers with several convolution states have not been verified")
     for kind, states in ((TensorKind.CONV, "conv_states"), (TensorKind.RECURRENT, "recurrent_states")):
         state = getattr(layer, states, {}).get(0)
         if state is not None:
-            tensors.append(TensorLayout(kind, LAYOUT_DTYPES[state.dtype], 1, tuple(state.shape[1:])))
+            state_dtype = dtype if kind is TensorKind.CONV else LAYOUT_DTYPES[state.dtype]
+            tensors.append(TensorLayout(kind, state_dtype, 1, tuple(state.shape[1:])))
     return tensors

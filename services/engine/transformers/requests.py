@@ -25,7 +25,7 @@ from prfaas.services.engine.api import (
 )
 from prfaas.services.engine.transformers import kv_memory
 from prfaas.services.engine.transformers.decode import DecodeRow
-from prfaas.services.engine.transformers.event_stream import EventStream
+from prfaas.services.engine.transformers.event_stream import RequestEvents
 from prfaas.services.engine.transformers.kv_memory import RequestKv, TransferDestination
 from prfaas.services.engine.transformers.line import PrefillLine
 from prfaas.services.engine.transformers.prefill import Outbox, PrefillJob
@@ -96,7 +96,7 @@ class PrefillLife:
         self._draining: asyncio.Task[None] | None = None
         self._opened = False
         self.aside = False
-        self.stream: EventStream[PrefillEvent] = EventStream(self._close)
+        self.stream: RequestEvents[PrefillEvent] = RequestEvents(self._close)
         self._deadline = _Deadline(request.timeout_s, self._fail)
         self._begin()
 
@@ -253,7 +253,7 @@ class DecodeLife:
         self._shards_missing: list[int] = []
         self._queued_s = time.monotonic()
         self.aside = False
-        self.stream: EventStream[DecodeEvent] = EventStream(self._close)
+        self.stream: RequestEvents[DecodeEvent] = RequestEvents(self._close)
         self._deadline = _Deadline(request.timeout_s, self._fail)
         self._refusal = self._problem()
         self._begin()
@@ -269,7 +269,7 @@ class DecodeLife:
         elif len(request.output_token_ids) >= request.max_output_tokens:
             self.stream.push(DecodeDone(FinishReason.LENGTH, len(request.output_token_ids)))
             self.stream.end()
-        elif not self._receivers:
+        elif not self._receivers or self._received_end == 0:
             self._desk.line.join(self)
 
     def _problem(self) -> PrfaasError | None:
@@ -329,8 +329,8 @@ class DecodeLife:
         """At OPEN: prompt and max_tokens, once for all shards."""
         if self._refusal is not None or self._row is None:
             raise EngineError(str(self._refusal))
-        if self.stream.sealed:
-            raise EngineError("the request has ended")
+        if self.stream.sealed or self._received_end == 0:
+            raise EngineError("the request has ended, or has nothing to receive")
         layout = self._desk.info.layout
         if self._kv is None:
             self._kv = kv_memory.carve(self._desk.arena, layout, self._capacity_tokens, self._received_end)
