@@ -80,11 +80,11 @@ def parse_config_command(
 
 
 def load_config(given: argparse.Namespace) -> Config:
-    """Merge file, environment and the flags in `given`, and read the files that settings name."""
+    """Merge file, environment and the flags in `given`."""
     known = settings.keys()
     flags = {key: value for key, value in vars(given).items() if key in known and value is not None}
     file_name = given.config or ""
-    return read_secret_files(settings.load(read_toml(file_name), os.environ, flags, file_name or "config file"))
+    return settings.load(read_toml(file_name), os.environ, flags, file_name or "config file")
 
 
 def read_toml(file_name: str) -> dict[str, Any]:
@@ -96,33 +96,6 @@ def read_toml(file_name: str) -> dict[str, Any]:
         raise UsageError(f"--config {file_name}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file_name} is not TOML: {error}"]) from None
-
-
-def read_secret_files(config: Config) -> Config:
-    """Put the contents of `cluster.secret_file` and `router.api_keys_file` where the services look for them."""
-    problems: list[str] = []
-    cluster, router = config.cluster, config.router
-    if cluster.secret_file and not cluster.secret:
-        secret = _read_lines("cluster.secret_file", cluster.secret_file, problems)
-        cluster = dataclasses.replace(cluster, secret=secret[0] if secret else "")
-    if router.api_keys_file:
-        keys = _read_lines("router.api_keys_file", router.api_keys_file, problems)
-        router = dataclasses.replace(router, api_keys=(*router.api_keys, *keys))
-    if problems:
-        raise ConfigError(problems)
-    return dataclasses.replace(config, cluster=cluster, router=router)
-
-
-def _read_lines(key: str, file_name: str, problems: list[str]) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(file_name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not text"
-        problems.append(f"{key} = {file_name!r}: {reason}")
-        return []
-    if not lines:
-        problems.append(f"{key} = {file_name!r}: the file is empty")
-    return lines
 
 
 def _add(parser: Parser, flag: str, key: str, spec: dataclasses.Field[Any], *, show: bool) -> None:
