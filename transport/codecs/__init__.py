@@ -1,0 +1,1 @@
+"""Lossless codecs of chunks; pure functions over bytes. `registry.CODECS` lists them."""

@@ -1,0 +1,210 @@
+"""One lane of a session: the protocol state below, the queue of what is to be written above.
+
+A channel writes at most one chunk ahead of the socket, in pieces of at most `MAX_WRITE_BYTES`; control frames go
+between chunks. So the session decides late which chunk goes where (the lane that is free first takes the next), and a
+chunk is known to be *sent* when the lane has nothing unsent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from prfaas.common.errors import PeerError
+from prfaas.common.log import get_logger
+from prfaas.transport.connection import Event, LaneConnection
+from prfaas.transport.frames import ControlBody, Error, FrameHeader, encode_control
+from prfaas.transport.transfer import Cut
+
+if TYPE_CHECKING:
+    from prfaas.transport.lanes.api import Lane
+    from prfaas.transport.sending import TransferSender
+
+MAX_WRITE_BYTES = 1 << 20
+"""One write of more stalls the loop: the kernel copies all of it before it returns."""
+TURN_BYTES = 4 << 20
+"""After so many bytes in one turn a channel lets the loop go on, even if the kernel would take more."""
+CLOSING_S = 1.0
+"""How long an ERROR frame may take to leave before the lane is aborted."""
+
+log = get_logger("transport")
+
+
+class Outgoing(NamedTuple):
+    """A chunk on its way into a lane; payload: the engine's memory (raw) or the encoder's bytes."""
+
+    sender: TransferSender
+    cut: Cut
+    header: bytes
+    payload: memoryview
+
+
+class ChannelOwner(Protocol):
+    """The handshake first, then the session."""
+
+    def lane_event(self, channel: Channel, event: Event) -> None:
+        """May raise PeerError: the lane is closed with it."""
+        ...
+
+    def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None: ...
+
+    def next_outgoing(self, channel: Channel) -> Outgoing | None: ...
+
+    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None: ...
+
+    def lane_lost(self, channel: Channel, reason: str) -> None: ...
+
+
+class Channel:
+    """A `LaneHandler`. `index` is the lane's place in its session, once that is known."""
+
+    def __init__(self, owner: ChannelOwner, now: Callable[[], float], peer: str) -> None:
+        self.owner = owner
+        self.peer = peer
+        self.index = -1
+        self.last_received_s = now()
+        self.closed = asyncio.get_running_loop().create_future()
+        self.acks: dict[int, tuple[list[int], list[int]]] = {}
+        self.connection = LaneConnection(self._destination)
+        self.next_buffer = self.connection.next_buffer
+        self._now = now
+        self._loop = asyncio.get_running_loop()
+        self._lane: Lane | None = None
+        self._control: list[bytes] = []
+        self._writing: Outgoing | None = None
+        self._written_bytes = 0
+        self._pump_scheduled = False
+        self._ended = False
+        self._reason = "closed by the other side"
+
+    # -- LaneHandler
+
+    def connected(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def advance(self, received_bytes: int) -> None:
+        if self._ended:
+            return
+        self.last_received_s = self._now()
+        try:
+            for event in self.connection.advance(received_bytes):
+                self.owner.lane_event(self, event)
+        except PeerError as error:
+            self.fail(error)
+
+    def writable(self) -> None:
+        self._pump()
+
+    def lost(self, error: Exception | None) -> None:
+        if error is not None and not self._ended:
+            self._reason = str(error) or type(error).__name__
+        self._ended = True
+        self._lane = None
+        self._writing = None
+        if not self.closed.done():
+            self.closed.set_result(None)
+            self.owner.lane_lost(self, self._reason)
+
+    # -- for the owner
+
+    @property
+    def usable(self) -> bool:
+        return not self._ended and self._lane is not None
+
+    @property
+    def writing(self) -> Outgoing | None:
+        """The chunk whose memory the lane is reading now."""
+        return self._writing
+
+    def send(self, body: ControlBody, transfer: int = 0, flags: int = 0) -> None:
+        """Queue a control frame; it goes before any chunk that has not begun. A no-op on a lane that has ended."""
+        if not self._ended:
+            self._control.append(encode_control(body, transfer, flags))
+            self.wake()
+
+    def wake(self) -> None:
+        """Something may be ready to be written: look in this turn of the loop."""
+        if not self._pump_scheduled and not self._ended:
+            self._pump_scheduled = True
+            self._loop.call_soon(self._scheduled_pump)
+
+    def fail(self, error: PeerError, code: str = "protocol") -> None:
+        """The peer broke the protocol (or was refused): tell it why, then close."""
+        log.warning("kv lane closed", peer=self.peer, lane=self.index, reason=str(error), error=type(error).__name__)
+        self.close(str(error), code)
+
+    def close(self, reason: str, code: str = "closing") -> None:
+        """Send ERROR and close; what has not begun is not sent. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self._reason = reason
+        self.connection.close()
+        lane = self._lane
+        if lane is None:
+            return
+        if self._writing is None:
+            lane.write([encode_control(Error(code, reason[:1000]))])
+            lane.close()
+            self._loop.call_later(CLOSING_S, lane.abort)
+        else:
+            # In the middle of a chunk an ERROR frame would be taken for its payload.
+            lane.abort()
+
+    def abort(self, reason: str) -> None:
+        """Close without a word: the other side doesn't listen. Idempotent."""
+        self._ended = True
+        self._reason = reason
+        self.connection.close()
+        if self._lane is not None:
+            self._lane.abort()
+
+    # -- writing
+
+    def _destination(self, chunk: FrameHeader) -> memoryview | None:
+        return self.owner.destination(self, chunk)
+
+    def _scheduled_pump(self) -> None:
+        self._pump_scheduled = False
+        self._pump()
+
+    def _pump(self) -> None:
+        lane = self._lane
+        budget = TURN_BYTES
+        while lane is not None and not self._ended and lane.unsent_bytes == 0:
+            if not self._chunk_in_progress():
+                if self._control:
+                    control, self._control = self._control, []
+                    lane.write(control)
+                    continue
+                if budget <= 0:
+                    self.wake()
+                    return
+                self._writing = self.owner.next_outgoing(self)
+                self._written_bytes = 0
+                if self._writing is None:
+                    return
+            budget -= self._write_piece(lane)
+
+    def _chunk_in_progress(self) -> bool:
+        """Call with nothing unsent: a chunk that was written to its end has been sent."""
+        outgoing = self._writing
+        if outgoing is None:
+            return False
+        if self._written_bytes < len(outgoing.payload):
+            return True
+        self._writing = None
+        self.owner.chunk_sent(self, outgoing)
+        return False
+
+    def _write_piece(self, lane: Lane) -> int:
+        outgoing = self._writing
+        assert outgoing is not None
+        start = self._written_bytes
+        piece = outgoing.payload
+        if len(piece) > MAX_WRITE_BYTES:
+            piece = piece[start : start + MAX_WRITE_BYTES]
+        self._written_bytes += len(piece)
+        lane.write((piece,) if start else (outgoing.header, piece))
+        return len(piece)

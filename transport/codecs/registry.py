@@ -1,0 +1,21 @@
+"""Which codecs there are, by name (settings, HELLO) and by number (chunk header). `raw` is number 0 and no codec: its
+bytes go from memory to memory without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from prfaas.transport.codecs.api import Codec
+from prfaas.transport.codecs.lz4 import Lz4Codec
+from prfaas.transport.codecs.zstd import ZstdCodec
+
+RAW = 0
+
+CODECS: Mapping[int, Codec] = MappingProxyType({codec.number: codec for codec in (Lz4Codec(), ZstdCodec())})
+CODEC_NAMES = ("raw", *(codec.name for codec in CODECS.values()))
+
+
+def codec_by_name(name: str) -> Codec | None:
+    """None for `raw`."""
+    return next((codec for codec in CODECS.values() if codec.name == name), None)

@@ -1,0 +1,184 @@
+"""One lane's protocol state: bytes in, events out; no socket, no clock.
+
+The lane's shell asks `next_buffer` where the next bytes go and tells `advance` how many came. For a CHUNK's payload
+that buffer is the destination itself, so nothing is copied.
+
+    WAIT_HELLO --HELLO--> CHECK_HELLO --accept()--> OPEN --ERROR--> CLOSED
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from prfaas.common.errors import ProtocolError
+from prfaas.transport.frames import (
+    FROM_RECEIVER,
+    HEADER_BYTES,
+    MAX_CONTROL_BYTES,
+    ControlBody,
+    FrameHeader,
+    FrameType,
+    parse_body,
+    parse_header,
+)
+
+SINK_BYTES = 256 << 10
+"""Drained bytes are read in pieces of this size; nobody looks at them."""
+
+
+class LaneState(enum.Enum):
+    WAIT_HELLO = "before HELLO"
+    CHECK_HELLO = "while HELLO is checked"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+_TRANSFER_FRAMES = (
+    FrameType.OPEN,
+    FrameType.OPENED,
+    FrameType.CHUNK,
+    FrameType.CREDIT,
+    FrameType.ACK,
+    FrameType.FINISH,
+    FrameType.CANCEL,
+)
+
+# Which frames are legal in which state, and the state after them.
+TRANSITIONS: Mapping[LaneState, Mapping[int, LaneState]] = MappingProxyType(
+    {
+        LaneState.WAIT_HELLO: {FrameType.HELLO: LaneState.CHECK_HELLO, FrameType.ERROR: LaneState.CLOSED},
+        LaneState.CHECK_HELLO: {FrameType.ERROR: LaneState.CLOSED},
+        LaneState.OPEN: {
+            **dict.fromkeys(_TRANSFER_FRAMES, LaneState.OPEN),
+            FrameType.PING: LaneState.OPEN,
+            FrameType.PONG: LaneState.OPEN,
+            FrameType.ERROR: LaneState.CLOSED,
+        },
+        LaneState.CLOSED: {},
+    }
+)
+
+# The direction bit must fit the frame: a credit can't come from the side that sends the KV.
+_RECEIVER_FRAMES = frozenset({FrameType.OPENED, FrameType.CREDIT, FrameType.ACK})
+_SENDER_FRAMES = frozenset({FrameType.OPEN, FrameType.CHUNK, FrameType.FINISH})
+
+
+class Control(NamedTuple):
+    """A whole control frame."""
+
+    header: FrameHeader
+    body: ControlBody
+
+    @property
+    def from_receiver(self) -> bool:
+        return bool(self.header.flags & FROM_RECEIVER)
+
+
+class ChunkArrived(NamedTuple):
+    """A whole CHUNK. `data` is the buffer that the destination callback gave, or None: the bytes were drained."""
+
+    header: FrameHeader
+    data: memoryview | None
+
+
+Event = Control | ChunkArrived
+Destination = Callable[[FrameHeader], memoryview | None]
+"""Where a CHUNK's `body_bytes` go (a buffer of just that size), or None: drain them. May raise ProtocolError."""
+
+
+class LaneConnection:
+    """Not thread-safe; once it has raised ProtocolError it is CLOSED and takes nothing more."""
+
+    def __init__(self, destination: Destination) -> None:
+        self._destination = destination
+        self._header_buffer = memoryview(bytearray(HEADER_BYTES))
+        self._body_buffer: memoryview | None = None
+        self._sink: memoryview | None = None
+        self._header: FrameHeader | None = None
+        self._target: memoryview | None = self._header_buffer
+        self._filled = 0
+        self._wanted = HEADER_BYTES
+        self.state = LaneState.WAIT_HELLO
+
+    def accept(self) -> None:
+        """HELLO was found good: transfers may begin."""
+        self.state = LaneState.OPEN
+
+    def next_buffer(self) -> memoryview:
+        """Where the next bytes must be written; never empty."""
+        target = self._target
+        if target is None:
+            if self._sink is None:
+                self._sink = memoryview(bytearray(SINK_BYTES))
+            return self._sink[: self._wanted - self._filled]
+        return target[self._filled :] if self._filled else target
+
+    def advance(self, received_bytes: int) -> Sequence[Event]:
+        """`received_bytes` were written to the start of `next_buffer()`. Raises ProtocolError."""
+        self._filled += received_bytes
+        if self._filled < self._wanted:
+            return ()
+        try:
+            header = self._header
+            if header is None:
+                return self._header_complete()
+            return (self._body_complete(header),)
+        except ProtocolError:
+            self.close()
+            raise
+
+    def redirect(self, transfer: int) -> None:
+        """The rest of a chunk of `transfer` that is being received goes to the sink; its memory is not touched again."""
+        header = self._header
+        if header is not None and header.type == FrameType.CHUNK and header.transfer == transfer:
+            self._target = None
+
+    def receiving(self) -> FrameHeader | None:
+        """The CHUNK whose payload is on its way, if it goes to a destination."""
+        header = self._header
+        return header if header is not None and header.type == FrameType.CHUNK and self._target is not None else None
+
+    def close(self) -> None:
+        self.state = LaneState.CLOSED
+        self._header = None
+        self._expect(self._header_buffer, HEADER_BYTES)
+
+    def _expect(self, target: memoryview | None, wanted: int) -> None:
+        self._target, self._wanted, self._filled = target, wanted, 0
+
+    def _header_complete(self) -> Sequence[Event]:
+        header = parse_header(self._header_buffer)
+        self._check_legal(header)
+        self._header = header
+        if header.type == FrameType.CHUNK:
+            self._expect(self._destination(header), header.body_bytes)
+        elif header.body_bytes == 0:
+            raise ProtocolError(f"{FrameType(header.type).name} without a body")
+        else:
+            if self._body_buffer is None or len(self._body_buffer) < header.body_bytes:
+                size = header.body_bytes if self.state is not LaneState.OPEN else MAX_CONTROL_BYTES
+                self._body_buffer = memoryview(bytearray(size))
+            self._expect(self._body_buffer[: header.body_bytes], header.body_bytes)
+        return ()
+
+    def _check_legal(self, header: FrameHeader) -> None:
+        if header.type not in TRANSITIONS[self.state]:
+            raise ProtocolError(f"{FrameType(header.type).name} is not legal {self.state.value}")
+        from_receiver = bool(header.flags & FROM_RECEIVER)
+        if header.type in (_SENDER_FRAMES if from_receiver else _RECEIVER_FRAMES):
+            raise ProtocolError(f"{FrameType(header.type).name} with the wrong direction bit")
+
+    def _body_complete(self, header: FrameHeader) -> Event:
+        event: Event
+        if header.type == FrameType.CHUNK:
+            event = ChunkArrived(header, self._target)
+        else:
+            assert self._target is not None
+            event = Control(header, parse_body(header.type, self._target))
+        self.state = TRANSITIONS[self.state][header.type]
+        self._header = None
+        self._expect(self._header_buffer, HEADER_BYTES)
+        return event

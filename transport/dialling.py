@@ -1,0 +1,157 @@
+"""Keeping a session's lanes open from the side that dials: dial, HELLO, wait until the lane dies, back off, again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+from prfaas.common.errors import PeerError, PeerRefusedError
+from prfaas.common.log import get_logger
+from prfaas.transport.api import KvAddress
+from prfaas.transport.channel import Channel, Outgoing
+from prfaas.transport.connection import Control, Event
+from prfaas.transport.frames import Error, FrameHeader, Hello
+from prfaas.transport.lanes.api import Backend
+from prfaas.transport.session import Session
+
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 2.0
+
+log = get_logger("transport")
+
+MakeHello = Callable[[Session, int, bool], Hello]
+CheckAnswer = Callable[[Hello, Hello], None]
+
+
+class Greeting:
+    """The owner of a channel that we dialled, until the answer to HELLO is here."""
+
+    def __init__(self, accept: Callable[[Channel, Hello], None]) -> None:
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._accept = accept
+
+    def lane_event(self, channel: Channel, event: Event) -> None:
+        if not isinstance(event, Control) or self.accepted.done():
+            return
+        if isinstance(event.body, Hello):
+            # At once, not when the task wakes: the peer's next frame may be in the same read.
+            try:
+                self._accept(channel, event.body)
+            except PeerRefusedError as error:
+                self.accepted.set_exception(error)
+                raise
+            self.accepted.set_result(None)
+        elif isinstance(event.body, Error):
+            self.accepted.set_exception(RefusedByPeer(event.body.code, event.body.detail))
+
+    def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
+        return None
+
+    def next_outgoing(self, channel: Channel) -> Outgoing | None:
+        return None
+
+    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
+        pass
+
+    def lane_lost(self, channel: Channel, reason: str) -> None:
+        if not self.accepted.done():
+            self.accepted.set_exception(ConnectionError(reason))
+            self.accepted.exception()  # the dialling task may have been cancelled
+
+
+class RefusedByPeer(PeerRefusedError):
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail or code)
+        self.code = code
+
+
+class Dialler:
+    """One task a lane. `addresses[0]` is dialled: the endpoint of worker rank 0."""
+
+    def __init__(
+        self,
+        session: Session,
+        addresses: Sequence[KvAddress],
+        backend: Backend,
+        lanes: int,
+        timeout_s: float,
+        hello: MakeHello,
+        check: CheckAnswer,
+        new_session_id: Callable[[], str],
+        now: Callable[[], float],
+    ) -> None:
+        self.session = session
+        self.addresses = list(addresses)
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._hello = hello
+        self._check = check
+        self._new_session_id = new_session_id
+        self._now = now
+        self._random = random.Random()  # noqa: S311 - jitter
+        self._tasks = [asyncio.create_task(self._keep(index)) for index in range(lanes)]
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def session_empty(self) -> None:
+        """All lanes are gone: what the peer still holds of the session is void, so the next lanes begin a new one."""
+        self.session.id = self._new_session_id()
+
+    async def _keep(self, index: int) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            problem: Exception | None = None
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    channel = await self._dial(index)
+                backoff_s = FIRST_BACKOFF_S
+                await asyncio.shield(channel.closed)
+            except RefusedByPeer as error:
+                problem = error
+                if error.code == "unknown_session":
+                    self.session.close("the peer has restarted")
+                elif error.code == "hello_refused":
+                    self.session.refused(error)
+            except PeerRefusedError as error:
+                problem = error
+                self.session.refused(error)
+            except (OSError, TimeoutError, PeerError) as error:
+                problem = error
+            if problem is not None and backoff_s == FIRST_BACKOFF_S:
+                address = self.addresses[0]
+                log.warning(
+                    "kv lane could not be opened; trying again",
+                    peer=self.session.peer,
+                    address=f"{address.host}:{address.port}",
+                    lane=index,
+                    reason=str(problem) or type(problem).__name__,
+                )
+            await asyncio.sleep(backoff_s * self._random.uniform(0.5, 1.0))
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _dial(self, index: int) -> Channel:
+        session, session_id = self.session, self.session.id
+
+        def accept(channel: Channel, answer: Hello) -> None:
+            self._check(answer, hello)
+            if session_id != session.id:
+                raise PeerRefusedError("the session ended while this lane was opened")
+            session.add_channel(channel, index)
+
+        greeting = Greeting(accept)
+        channel = Channel(greeting, self._now, session.peer)
+        channel.index = index
+        address = self.addresses[0]
+        hello = self._hello(session, index, session.usable)
+        try:
+            await self._backend.dial(address.host, address.port, channel)
+            channel.send(hello)
+            await greeting.accepted
+        except BaseException:
+            channel.abort("HELLO failed")
+            raise
+        return channel

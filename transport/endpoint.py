@@ -1,0 +1,390 @@
+"""A node's KV endpoint: accepts lanes, keeps sessions to peers open, makes the two halves of transfers.
+
+One endpoint a process and worker rank. All methods are the event loop's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from prfaas.common.auth import NonceWindow
+from prfaas.common.config import TransportConfig, parse_address
+from prfaas.common.errors import ConfigError, PeerRefusedError, ProtocolError, TicketError
+from prfaas.common.kv_layout import KvLayout
+from prfaas.common.log import get_logger
+from prfaas.common.metrics import TransportMetrics
+from prfaas.transport.api import KvAddress, KvReceiver, KvSender, LinkClock, TransferSpec
+from prfaas.transport.channel import Channel, Outgoing
+from prfaas.transport.codecs.registry import CODEC_NAMES
+from prfaas.transport.connection import Control, Event
+from prfaas.transport.dialling import Dialler
+from prfaas.transport.frames import SUPPORTED_VERSIONS, FrameHeader, Hello, Open, Opened
+from prfaas.transport.handshake import check_hello, signed
+from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
+from prfaas.transport.lanes.tcp import TcpBackend
+from prfaas.transport.receiving import TransferReceiver
+from prfaas.transport.sending import TransferSender
+from prfaas.transport.session import Session
+from prfaas.transport.ticket import KEY_BYTES, TicketBook, read_claims
+from prometheus_client import CollectorRegistry
+
+MAX_GREETING_LANES = 256
+"""Lanes that have connected but not said HELLO yet; more are closed at once, so strangers can't fill our memory."""
+CLOSE_S = 1.0
+
+log = get_logger("transport")
+
+Authorize = Callable[[Hello], str | None]
+"""A reason to refuse this (authenticated) peer, or None."""
+
+
+def allow_all(_hello: Hello) -> str | None:
+    return None
+
+
+class KvEndpoint:
+    """Made anywhere, used after `start`. `backend`: where lanes come from; TCP unless a test says otherwise."""
+
+    def __init__(
+        self,
+        config: TransportConfig,
+        *,
+        node: str,
+        layout: KvLayout,
+        model_fingerprint: str,
+        secret: bytes,
+        authorize: Authorize = allow_all,
+        backend: Backend | None = None,
+        clock_skew_s: float = 60.0,
+        metrics: TransportMetrics | None = None,
+        region: str = "",
+    ) -> None:
+        self.node = node
+        self.layout = layout
+        self.metrics = metrics or TransportMetrics(CollectorRegistry())
+        self._config = config
+        self._fingerprint = model_fingerprint
+        self._secret = secret
+        self._authorize = authorize
+        self._backend: Backend = backend or TcpBackend(config)
+        self._skew_s = clock_skew_s
+        self._region = region
+        self._nonces = NonceWindow(2 * clock_skew_s)
+        self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node)
+        self._executor = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kv-codec")
+        self._listener: Listener | None = None
+        self._dialled: dict[str, Dialler] = {}
+        self._accepted: dict[tuple[str, str], Session] = {}
+        self._receivers: dict[str, TransferReceiver] = {}
+        self._greeting: set[Greeter] = set()
+        self._background: set[asyncio.Task[None]] = set()
+
+    # -- life
+
+    async def start(self) -> None:
+        """Bind and listen. Raises ConfigError when the address can't be bound or may not be without a secret."""
+        host, port = parse_address(self._config.bind)
+        if not self._secret and not _is_loopback(host):
+            raise ConfigError(
+                [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
+                 "(cluster.secret_file)"]
+            )  # fmt: skip
+        try:
+            self._listener = await self._backend.listen(host, port, self._accept)
+        except OSError as error:
+            raise ConfigError([f"transport.bind = {self._config.bind}: {error.strerror or error}"]) from error
+
+    @property
+    def addresses(self) -> list[KvAddress]:
+        """As advertised to peers. Valid after `start`."""
+        if self._listener is None:
+            raise ConfigError(["the KV endpoint has not been started"])
+        host, port = self._listener.address
+        if self._config.advertise:
+            host, advertised_port = parse_address(self._config.advertise)
+            port = advertised_port or port
+        return [KvAddress(host, port)]
+
+    async def aclose(self) -> None:
+        """Close all sessions; their transfers fail with LaneLostError. Pieces and destinations are not touched after
+        their own `aclose` alone has returned."""
+        if self._listener is not None:
+            await self._listener.aclose()
+        diallers, self._dialled = list(self._dialled.values()), {}
+        for dialler in diallers:
+            await dialler.aclose()
+        sessions = [d.session for d in diallers] + list(self._accepted.values())
+        channels = [channel for session in sessions for channel in session.channels()]
+        channels += [greeter.channel for greeter in self._greeting]
+        for channel in channels:
+            channel.close("the node is shutting down")
+        if channels:
+            await asyncio.wait([channel.closed for channel in channels], timeout=CLOSE_S)
+        for channel in channels:
+            channel.abort("the node is shutting down")
+        for receiver in list(self._receivers.values()):
+            await receiver.aclose("the node is shutting down")
+        if self._background:
+            await asyncio.wait(self._background)
+        # Jobs in progress read and write engine memory: their transfers' aclose waits for them, and so do we.
+        await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
+
+    # -- peers
+
+    def connect(self, node: str, addresses: Sequence[KvAddress]) -> None:
+        """Open a session to `node` in the background and keep it open. Idempotent; new addresses replace old ones."""
+        if not addresses:
+            raise ConfigError([f"node {node!r} advertises no KV address"])
+        dialler = self._dialled.get(node)
+        if dialler is not None:
+            if dialler.addresses != list(addresses):
+                dialler.addresses = list(addresses)
+                dialler.session.refusal = None
+                dialler.session.close("the peer's address has changed")
+            return
+        session = self._new_session(secrets.token_hex(16), node, self._dialled_empty)
+        self._dialled[node] = Dialler(
+            session,
+            addresses,
+            self._backend,
+            self._config.lanes,
+            self._config.open_timeout_s,
+            self._make_hello,
+            self._check_answer,
+            lambda: secrets.token_hex(16),
+            time.monotonic,
+        )
+
+    def forget(self, node: str) -> None:
+        """Close the session that we dialled to `node`, if it has no transfers. `connect` opens it again."""
+        dialler = self._dialled.get(node)
+        if dialler is not None and dialler.session.idle:
+            del self._dialled[node]
+            self._run(self._close_dialler(dialler))
+
+    def clock(self, node: str) -> LinkClock | None:
+        """Of the session to `node`, or None: no session, or no PONG yet."""
+        session = self._session_to(node)
+        return session.link_clock() if session else None
+
+    # -- transfers
+
+    def receiver(self, spec: TransferSpec) -> tuple[str, KvReceiver]:
+        """A ticket to give to the prefill node, and the receiving half. `bind` it before the ticket goes out."""
+        now = time.monotonic()
+        ticket = self._book.issue(spec, now + self._config.ticket_s)
+        receiver = TransferReceiver(spec, self.layout, self._config.credit_bytes, self._executor, self._receiver_ended)
+        self._receivers[spec.transfer_id] = receiver
+        timer = asyncio.get_running_loop().call_later(self._config.ticket_s, self._expire, receiver)
+        receiver.expiry = timer
+        return ticket, receiver
+
+    def sender(self, ticket: str, node: str, addresses: Sequence[KvAddress]) -> KvSender:
+        """The sending half for `ticket`, to `node`. The claims are read, not verified: only the receiver can.
+
+        Raises TicketError when the text is no ticket or its model or layout is not this node's.
+        """
+        spec = read_claims(ticket).spec()
+        if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
+            raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
+        session = self._session_to(node)
+        if session is None or not session.usable or addresses:
+            if addresses:
+                self.connect(node, addresses)
+            session = self._session_to(node)
+        if session is None:
+            raise TicketError(f"no session to {node} and no address to dial")
+        return TransferSender(spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s)
+
+    # -- inside
+
+    def _session_to(self, node: str) -> Session | None:
+        if node in self._dialled:
+            return self._dialled[node].session
+        return next((session for (peer, _), session in self._accepted.items() if peer == node), None)
+
+    def _new_session(self, session_id: str, peer: str, on_empty: Callable[[Session], None]) -> Session:
+        return Session(session_id, peer, self._config, self._executor, self._admit, self.metrics, on_empty)
+
+    def _dialled_empty(self, session: Session) -> None:
+        for dialler in self._dialled.values():
+            if dialler.session is session:
+                dialler.session_empty()
+
+    def _accepted_empty(self, session: Session) -> None:
+        self._accepted.pop((session.peer, session.id), None)
+
+    async def _close_dialler(self, dialler: Dialler) -> None:
+        await dialler.aclose()
+        dialler.session.close("no longer needed")
+
+    def _run(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _receiver_ended(self, receiver: TransferReceiver, outcome: str) -> None:
+        self._book.void(receiver.spec.transfer_id)
+        self._receivers.pop(receiver.spec.transfer_id, None)
+        if receiver.expiry is not None:
+            receiver.expiry.cancel()
+        self.metrics.transfers.labels("received", outcome).inc()
+
+    def _expire(self, receiver: TransferReceiver) -> None:
+        if not self._book.presented(receiver.spec.transfer_id):
+            receiver.fail(TicketError(f"nobody opened the transfer within {self._config.ticket_s:g} s"))
+
+    def _admit(self, session: Session, number: int, body: Open) -> Opened:
+        try:
+            spec = self._book.present(body.ticket, session.id, time.monotonic())
+            receiver = self._receivers.get(spec.transfer_id)
+            if receiver is None:
+                raise TicketError("the ticket is void: its transfer has finished or was cancelled")
+            problem = self._mismatch(spec, body)
+        except TicketError as error:
+            return Opened(body.attempt, refused=str(error), kind="ticket")
+        if problem is None and receiver.open:
+            problem = "the transfer is open already"
+        if problem is not None:
+            return Opened(body.attempt, refused=problem, kind="mismatch")
+        return receiver.admit(session, number, body.attempt)
+
+    def _mismatch(self, spec: TransferSpec, body: Open) -> str | None:
+        claimed = (spec.transfer_id, spec.tokens.start, spec.tokens.end, spec.model_fingerprint, spec.layout_hash)
+        opened = (body.transfer_id, body.token_start, body.token_end, body.model_fingerprint, body.layout_hash)
+        shard = spec.shard
+        claimed_shard = (shard.index, shard.count, shard.head_start, shard.head_end)
+        if claimed != opened or claimed_shard != (
+            body.shard_index, body.shard_count, body.head_start, body.head_end
+        ):  # fmt: skip
+            return "OPEN does not say the same as its ticket"
+        if body.dtypes != self.layout.dtypes:
+            return f"the sender's KV is {body.dtypes}, this node's {self.layout.dtypes}; set engine.dtype alike"
+        return None
+
+    # -- HELLO
+
+    def _make_hello(self, session: Session, lane: int, resume: bool) -> Hello:
+        return signed(self._hello(session.id, lane, self._config.lanes, resume=resume), self._secret)
+
+    def _hello(self, session: str, lane: int, lanes: int, *, resume: bool = False, answer: bool = False) -> Hello:
+        return Hello(
+            versions=SUPPORTED_VERSIONS,
+            node=self.node,
+            session=session,
+            lane=lane,
+            lanes=lanes,
+            model_fingerprint=self._fingerprint,
+            time_s=time.time(),
+            nonce=secrets.token_hex(16),
+            codecs=CODEC_NAMES,
+            region=self._region,
+            resume=resume,
+            answer=answer,
+        )
+
+    def _check_answer(self, answer: Hello, ours: Hello) -> None:
+        self._check(answer, expect_answer_to=ours.nonce)
+        if self._config.codec not in answer.codecs:
+            raise PeerRefusedError(f"{answer.node} does not have codec {self._config.codec!r}")
+
+    def _check(self, hello: Hello, expect_answer_to: str | None = None) -> None:
+        check_hello(
+            hello,
+            secret=self._secret,
+            model_fingerprint=self._fingerprint,
+            now_s=time.time(),
+            skew_s=self._skew_s,
+            nonces=self._nonces,
+            expect_answer_to=expect_answer_to,
+        )
+        refusal = self._authorize(hello)
+        if refusal:
+            raise PeerRefusedError(refusal)
+
+    def _accept(self) -> LaneHandler:
+        return Greeter(self, full=len(self._greeting) >= MAX_GREETING_LANES).channel
+
+    def greeted(self, greeter: Greeter, hello: Hello) -> None:
+        """HELLO came on an accepted lane. Raises PeerRefusedError."""
+        self._check(hello)
+        session = self._accepted.get((hello.node, hello.session))
+        if session is None:
+            if hello.resume:
+                greeter.channel.close("this node does not know the session; begin a new one", "unknown_session")
+                return
+            session = self._new_session(hello.session, hello.node, self._accepted_empty)
+            self._accepted[hello.node, hello.session] = session
+        answer = self._hello(hello.session, hello.lane, hello.lanes, answer=True)
+        channel = greeter.channel
+        channel.peer = hello.node
+        channel.send(signed(answer, self._secret, hello.nonce))
+        session.add_channel(channel, hello.lane)
+
+    def greeting(self, greeter: Greeter) -> None:
+        self._greeting.add(greeter)
+
+    def greeting_over(self, greeter: Greeter) -> None:
+        self._greeting.discard(greeter)
+
+    @property
+    def open_timeout_s(self) -> float:
+        return self._config.open_timeout_s
+
+
+class Greeter:
+    """The owner of an accepted channel until its HELLO was found good."""
+
+    def __init__(self, endpoint: KvEndpoint, *, full: bool) -> None:
+        self._endpoint = endpoint
+        self.channel = Channel(self, time.monotonic, "a stranger")
+        loop = asyncio.get_running_loop()
+        if full:
+            log.warning("kv lane closed", reason="too many lanes have not said HELLO yet")
+            self._timer = loop.call_soon(self.channel.abort, "too many lanes")
+        else:
+            endpoint.greeting(self)
+            self._timer = loop.call_later(endpoint.open_timeout_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        log.warning("kv lane closed", reason="no HELLO in time")
+        self.channel.abort("no HELLO in time")
+
+    def lane_event(self, channel: Channel, event: Event) -> None:
+        if not isinstance(event, Control) or not isinstance(event.body, Hello):
+            channel.abort("closed before HELLO")
+            return
+        self._over()
+        try:
+            self._endpoint.greeted(self, event.body)
+        except PeerRefusedError as error:
+            self._endpoint.metrics.refusals.labels("hello").inc()
+            channel.fail(error, "hello_refused")
+
+    def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
+        raise ProtocolError("CHUNK before HELLO")
+
+    def next_outgoing(self, channel: Channel) -> Outgoing | None:
+        return None
+
+    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
+        pass
+
+    def lane_lost(self, channel: Channel, reason: str) -> None:
+        self._over()
+
+    def _over(self) -> None:
+        self._timer.cancel()
+        self._endpoint.greeting_over(self)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,76 @@
+"""HELLO: who the other side is, checked before anything else is read from it. Pure: time and nonces are arguments.
+
+    dialler   HELLO(nonce a, mac over all)          -->
+              <--   HELLO(answer, nonce b, mac over all and a)     acceptor
+
+The MAC is by the cluster secret; an empty secret (loopback only) checks nothing but version and model.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+from prfaas.common.auth import NonceWindow, sign, verify
+from prfaas.common.errors import PeerRefusedError
+from prfaas.transport.frames import SUPPORTED_VERSIONS, Hello
+
+MAX_LANES = 64
+MAX_NAME_CHARS = 200
+_SESSION = re.compile(r"[0-9a-f]{32}")
+
+
+def signed(hello: Hello, secret: bytes, peer_nonce: str = "") -> Hello:
+    """With its MAC, when there is a secret."""
+    if not secret:
+        return hello
+    return msgspec.structs.replace(hello, mac=sign(secret, *_signed_parts(hello, peer_nonce)))
+
+
+def _signed_parts(hello: Hello, peer_nonce: str) -> tuple[bytes, bytes, bytes]:
+    unsigned = msgspec.structs.replace(hello, mac=b"")
+    return b"prfaas hello", msgspec.msgpack.encode(unsigned), peer_nonce.encode()
+
+
+def check_hello(
+    hello: Hello,
+    *,
+    secret: bytes,
+    model_fingerprint: str,
+    now_s: float,
+    skew_s: float,
+    nonces: NonceWindow,
+    expect_answer_to: str | None = None,
+) -> None:
+    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock. `expect_answer_to`: our nonce,
+    when this is the answer."""
+    if hello.answer != (expect_answer_to is not None):
+        raise PeerRefusedError("HELLO and its answer are mixed up")
+    _check_mac(hello, secret, now_s, skew_s, nonces, expect_answer_to)
+    if not set(hello.versions) & set(SUPPORTED_VERSIONS):
+        raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
+    if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
+        raise PeerRefusedError("HELLO names no session or no node")
+    if not 0 <= hello.lane < hello.lanes <= MAX_LANES:
+        raise PeerRefusedError(f"lane {hello.lane} of {hello.lanes}; a session has 1 to {MAX_LANES} lanes")
+    if hello.model_fingerprint != model_fingerprint:
+        raise PeerRefusedError(
+            f"{hello.node} serves model {hello.model_fingerprint[:12]}…, this node {model_fingerprint[:12]}…: "
+            "both must load the same files"
+        )
+
+
+def _check_mac(
+    hello: Hello, secret: bytes, now_s: float, skew_s: float, nonces: NonceWindow, expect_answer_to: str | None
+) -> None:
+    if not secret:
+        return
+    # The MAC first: a stranger learns nothing about the rest.
+    if not verify(secret, hello.mac, *_signed_parts(hello, expect_answer_to or "")):
+        raise PeerRefusedError("HELLO is not signed with this cluster's secret; do both sides have the same?")
+    if not abs(now_s - hello.time_s) <= skew_s:
+        raise PeerRefusedError(
+            f"HELLO is {now_s - hello.time_s:+.0f} s away from this clock; do both machines run NTP?"
+        )
+    if not nonces.first_use(hello.nonce, now_s):
+        raise PeerRefusedError("this HELLO was seen before (a replay)")

@@ -1,0 +1,75 @@
+"""What a backend must offer: lanes, which carry bytes in order to the other side, and a way to dial and to accept them.
+
+The transport above hands out the memory that received bytes go to (`LaneHandler.next_buffer`), so that a chunk lands in
+its destination without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class LaneHandler(Protocol):
+    """What a lane calls, on the event loop."""
+
+    def connected(self, lane: Lane) -> None:
+        """Once, first."""
+        ...
+
+    def next_buffer(self) -> memoryview:
+        """Where to put the next received bytes; never empty. Asked anew after each `advance`: the lane keeps nothing."""
+        ...
+
+    def advance(self, received_bytes: int) -> None: ...
+
+    def writable(self) -> None:
+        """`unsent_bytes` has gone down to 0 after `write` left some."""
+        ...
+
+    def lost(self, error: Exception | None) -> None:
+        """Once, last. None: closed by either side in order."""
+        ...
+
+
+class Lane(Protocol):
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """Send all, in order. The buffers are read until `unsent_bytes` is 0 and must not change before. A no-op on a
+        lost lane."""
+        ...
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Accepted by `write` but not yet handed to the network."""
+        ...
+
+    def close(self) -> None:
+        """Send what was written, then close. Idempotent; `lost` follows."""
+        ...
+
+    def abort(self) -> None:
+        """Close now and drop what is unsent. Idempotent; `lost` follows soon, and no buffer is read any more."""
+        ...
+
+
+class Listener(Protocol):
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it really listens."""
+        ...
+
+    async def aclose(self) -> None:
+        """Accept no more; lanes that are open go on."""
+        ...
+
+
+class Backend(Protocol):
+    async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        """Raises OSError."""
+        ...
+
+    async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
+        """Returns after `handler.connected`. Raises OSError."""
+        ...

@@ -1,0 +1,125 @@
+"""Lanes over TCP. Fastest under uvloop; plain asyncio works too."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from prfaas.common.config import TransportConfig
+from prfaas.common.log import get_logger
+from prfaas.transport.lanes.api import Buffer, LaneHandler, Listener
+
+USER_TIMEOUT_S = 10.0
+"""The kernel gives up on a peer that acknowledges nothing for so long (a partition)."""
+BACKLOG = 256
+
+log = get_logger("transport")
+
+
+class TcpBackend:
+    def __init__(self, config: TransportConfig) -> None:
+        self._tuning = _Tuning(config)
+
+    async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(
+            lambda: TcpLane(handler(), self._tuning), host, port, reuse_address=True, backlog=BACKLOG
+        )
+        return _TcpListener(server)
+
+    async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: TcpLane(handler, self._tuning), host, port)
+
+
+class _TcpListener:
+    def __init__(self, server: asyncio.Server) -> None:
+        self._server = server
+        self.address: tuple[str, int] = server.sockets[0].getsockname()[:2]
+
+    async def aclose(self) -> None:
+        # Not wait_closed(): from Python 3.12 on it waits for every open lane.
+        self._server.close()
+
+
+class _Tuning:
+    """Socket options of every lane. What the kernel refuses is said once and done without."""
+
+    def __init__(self, config: TransportConfig) -> None:
+        self._congestion_control = config.congestion_control
+        self._buffer_bytes = config.socket_buffer_bytes
+        self._warned = False
+
+    def apply(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(USER_TIMEOUT_S * 1000))
+        if self._buffer_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
+        if self._congestion_control:
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion_control.encode())
+            except OSError as error:
+                if not self._warned:
+                    self._warned = True
+                    log.warning(
+                        "congestion control not available; using the kernel's default",
+                        wanted=self._congestion_control,
+                        error=str(error),
+                        mend=f"modprobe tcp_{self._congestion_control}, or set transport.congestion_control",
+                    )
+
+
+class TcpLane(asyncio.BufferedProtocol):
+    """A `Lane`; the loop reads straight into the handler's buffers."""
+
+    def __init__(self, handler: LaneHandler, tuning: _Tuning) -> None:
+        self._handler = handler
+        self._tuning = tuning
+        self._transport: asyncio.Transport | None = None
+        self._lost = False
+
+    # -- asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        # Any unsent byte pauses, and only an empty buffer resumes: `writable` means that all was handed over.
+        self._transport.set_write_buffer_limits(high=0, low=0)
+        self._tuning.apply(transport.get_extra_info("socket"))
+        self._handler.connected(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._handler.next_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._handler.advance(nbytes)
+
+    def pause_writing(self) -> None:
+        pass
+
+    def resume_writing(self) -> None:
+        self._handler.writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._transport = None
+        self._handler.lost(exc)
+
+    # -- Lane
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(buffers)
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()

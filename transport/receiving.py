@@ -1,0 +1,277 @@
+"""The shell of a receiving transfer: what `KvEndpoint.receiver` returns.
+
+offered --OPEN--> no room (the sender asks again) --OPEN--> open --all layers and FINISH--> complete
+   '---------------------- failed (cancel, damage, lanes lost, expiry) <----'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import TYPE_CHECKING
+
+from prfaas.common.errors import (
+    ChecksumError,
+    EngineError,
+    ProtocolError,
+    TransferCancelledError,
+    TransferError,
+)
+from prfaas.common.kv_layout import KvLayout
+from prfaas.common.log import get_logger
+from prfaas.transport.api import KvDestination, Reserve, TransferReport, TransferSpec
+from prfaas.transport.codecs.api import Codec, CodecError
+from prfaas.transport.codecs.registry import CODECS, RAW
+from prfaas.transport.frames import (
+    FROM_RECEIVER,
+    HEADER_BYTES,
+    Ack,
+    Cancel,
+    Credit,
+    FrameHeader,
+    Opened,
+    chunk_checksum,
+)
+from prfaas.transport.transfer import Placement, ReceivingTransfer
+from prfaas.transport.waiting import finish_despite_cancel
+
+if TYPE_CHECKING:
+    from prfaas.transport.channel import Channel
+    from prfaas.transport.session import Session
+
+log = get_logger("transport")
+
+RETRY_AFTER_S = 0.05
+"""What "no room" tells the sender; memory comes free when a stream ends."""
+
+
+class TransferReceiver:
+    """A `KvReceiver`."""
+
+    def __init__(
+        self,
+        spec: TransferSpec,
+        layout: KvLayout,
+        window_bytes: int,
+        executor: Executor,
+        on_ended: Callable[[TransferReceiver, str], None],
+    ) -> None:
+        self.spec = spec
+        self.layout = layout
+        self.report = TransferReport()
+        self.damaged_chunks = 0
+        self.expiry: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._window_bytes = window_bytes
+        self._executor = executor
+        self._on_ended = on_ended
+        self._reserve: Reserve | None = None
+        self._on_layer: Callable[[int], None] = lambda _layer: None
+        self._on_failed: Callable[[Exception], None] = lambda _error: None
+        self._session: Session | None = None
+        self._number = 0
+        self._state: ReceivingTransfer | None = None
+        self._destination: KvDestination | None = None
+        self._rows: dict[tuple[int, int, int], memoryview] = {}
+        self._finish_channel: Channel | None = None
+        self._finished: asyncio.Future[None] = self._loop.create_future()
+        self._ended = False
+        self._decoding = 0
+        self._decoded: asyncio.Future[None] | None = None
+
+    # -- KvReceiver
+
+    def bind(self, reserve: Reserve, on_layer: Callable[[int], None], on_failed: Callable[[Exception], None]) -> None:
+        self._reserve, self._on_layer, self._on_failed = reserve, on_layer, on_failed
+
+    async def finished(self) -> TransferReport:
+        await asyncio.shield(self._finished)
+        return self.report
+
+    async def aclose(self, reason: str = "closed") -> None:
+        error = TransferCancelledError(f"cancelled by the decode side: {reason}")
+        self._end(error, notify=False, cancel=Cancel(error.reason, reason[:1000]))
+        if self._decoding:
+            self._decoded = self._decoded or self._loop.create_future()
+            await finish_despite_cancel(self._decoded)
+        self._rows.clear()
+        self._destination = None
+
+    # -- for the session
+
+    def admit(self, session: Session, number: int, attempt: int) -> Opened:
+        """OPEN came with a good ticket: reserve memory and answer."""
+        if self._reserve is None:
+            return Opened(attempt, refused="the decode side is not ready for this transfer", kind="engine")
+        self._session, self._number = session, number
+        session.add_receiver(number, self)
+        try:
+            destination = self._reserve(self.spec)
+        except EngineError as error:
+            self._end(error, notify=True)
+            return Opened(attempt, refused=str(error), kind="engine")
+        if destination is None:
+            return Opened(attempt, no_room=True, retry_after_s=RETRY_AFTER_S)
+        self._destination = destination
+        self._state = ReceivingTransfer(self.layout, self.spec, self._window_bytes)
+        for layer in self._state.empty_layers():
+            self._loop.call_soon(self._layer_complete, layer)
+        return Opened(attempt, credit_bytes=self._window_bytes)
+
+    @property
+    def open(self) -> bool:
+        return self._state is not None
+
+    def place(self, chunk: FrameHeader) -> memoryview | None:
+        """Where a CHUNK's bytes go; None: it is here already. Raises ProtocolError."""
+        state = self._state
+        if state is None or self._session is None:
+            raise ProtocolError("CHUNK of a transfer that got no credit")
+        if chunk.codec != RAW and chunk.codec not in CODECS:
+            raise ProtocolError(f"CHUNK with unknown codec {chunk.codec}")
+        if state.place(chunk) is Placement.DUPLICATE:
+            self.report.duplicate_chunks += 1
+            return None
+        if chunk.codec == RAW:
+            return self._target(chunk)
+        return self._session.scratch.take(chunk.body_bytes)
+
+    def arrived(self, channel: Channel, chunk: FrameHeader, data: memoryview | None) -> None:
+        """A CHUNK is here: in its place (raw), in a scratch buffer (encoded), or nowhere (a duplicate)."""
+        assert self._state is not None and self._session is not None
+        self.report.wire_bytes += HEADER_BYTES + chunk.body_bytes
+        if data is None:
+            self._state.drained(chunk)
+            self._session.acknowledge(channel, self._number, chunk.sequence)
+            self._credit(channel)
+        elif chunk.codec == RAW:
+            checksum = chunk_checksum(data, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes)
+            self._checked(channel, chunk, checksum == chunk.checksum)
+        else:
+            self._decode(channel, chunk, data)
+
+    def lost_chunk(self, chunk: FrameHeader) -> None:
+        """The lane that was carrying it died."""
+        if self._state is not None:
+            self._state.lost(chunk)
+
+    def finish_arrived(self, channel: Channel, timings: dict[str, float | list[float]]) -> None:
+        if self._state is None:
+            raise ProtocolError("FINISH of a transfer that got no credit")
+        self.report.peer_timings = timings
+        self._finish_channel = channel
+        self._state.finish()
+        self._complete_if_all_here()
+
+    def repeat_credit(self, channel: Channel) -> None:
+        """A lane died, perhaps with a CREDIT in it."""
+        if self._state is not None:
+            channel.send(Credit(self._state.granted_bytes), self._number, FROM_RECEIVER)
+
+    def fail(self, error: Exception, *, tell_peer: bool = True) -> None:
+        """Idempotent, and a no-op after completion."""
+        word = error.reason if isinstance(error, TransferError) else TransferError.reason
+        self._end(error, notify=True, cancel=Cancel(word, str(error)[:1000]) if tell_peer else None)
+
+    # -- inside
+
+    def _target(self, chunk: FrameHeader) -> memoryview:
+        key = (chunk.layer, chunk.tensor, chunk.row)
+        row = self._rows.get(key)
+        if row is None:
+            assert self._destination is not None
+            row = self._rows[key] = memoryview(self._destination.row(*key)).cast("B")
+        return row[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]
+
+    def _decode(self, channel: Channel, chunk: FrameHeader, wire: memoryview) -> None:
+        dtype = self.layout.layers[chunk.layer].tensors[chunk.tensor].dtype
+        self._decoding += 1
+        job = self._loop.run_in_executor(
+            self._executor, decode_chunk, CODECS[chunk.codec], wire, self._target(chunk), dtype, chunk
+        )
+        job.add_done_callback(partial(self._decode_done, channel, chunk, wire))
+
+    def _decode_done(self, channel: Channel, chunk: FrameHeader, wire: memoryview, job: asyncio.Future[bool]) -> None:
+        self._decoding -= 1
+        if self._session is not None:
+            self._session.scratch.give_back(wire)
+        if not self._ended:
+            # A job that could not run at all (the executor is gone) counts as damage: nothing arrived.
+            self._checked(channel, chunk, not job.cancelled() and job.exception() is None and job.result())
+        if self._decoding == 0 and self._decoded is not None and not self._decoded.done():
+            self._decoded.set_result(None)
+
+    def _checked(self, channel: Channel, chunk: FrameHeader, good: bool) -> None:
+        assert self._state is not None and self._session is not None
+        if not good:
+            self.damaged_chunks += 1
+            log.warning("kv chunk arrived damaged", request_id=self.spec.request_id, lane=channel.index)
+            self._session.metrics.checksum_failures.inc()
+            try:
+                self._state.damaged(chunk)
+            except ChecksumError as error:
+                self.fail(error)
+                return
+            self._session.acknowledge(channel, self._number, chunk.sequence, damaged=True)
+            self._credit(channel)
+            return
+        layer_complete = self._state.arrived(chunk)
+        self.report.raw_bytes += chunk.raw_bytes
+        self._session.acknowledge(channel, self._number, chunk.sequence)
+        self._credit(channel)
+        if layer_complete:
+            self._layer_complete(chunk.layer)
+            self._complete_if_all_here()
+
+    def _credit(self, channel: Channel) -> None:
+        assert self._state is not None and self._session is not None
+        granted = self._state.credit_due()
+        if granted is not None:
+            self._session.send(Credit(granted), self._number, FROM_RECEIVER, prefer=channel)
+
+    def _layer_complete(self, layer: int) -> None:
+        if self._ended:
+            return
+        self.report.layer_at_s[layer] = time.monotonic()
+        self._on_layer(layer)
+
+    def _complete_if_all_here(self) -> None:
+        if self._ended or self._state is None or not self._state.complete:
+            return
+        assert self._session is not None
+        self._ended = True
+        self.report.clock = self._session.link_clock()
+        self._session.flush_acknowledgements()
+        self._session.send(Ack(finished=True), self._number, FROM_RECEIVER, prefer=self._finish_channel)
+        self._session.remove_receiver(self._number)
+        self._on_ended(self, "completed")
+        if not self._finished.done():
+            self._finished.set_result(None)
+
+    def _end(self, error: Exception, *, notify: bool, cancel: Cancel | None = None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._session is not None:
+            # From here on nothing on the wire finds the destination any more.
+            self._session.remove_receiver(self._number)
+            if cancel is not None:
+                self._session.broadcast(cancel, self._number, FROM_RECEIVER)
+        self._on_ended(self, error.reason if isinstance(error, TransferError) else "failed")
+        if not self._finished.done():
+            self._finished.set_exception(error)
+            self._finished.exception()  # nobody has to await finished()
+        if notify:
+            self._on_failed(error)
+
+
+def decode_chunk(codec: Codec, wire: memoryview, out: memoryview, dtype: str, chunk: FrameHeader) -> bool:
+    """In a thread. False: the bytes are not what the sender hashed."""
+    try:
+        codec.decode(wire, out, dtype)
+    except CodecError:
+        return False
+    return chunk_checksum(out, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum

@@ -1,0 +1,299 @@
+"""The shell of a sending transfer: what `KvEndpoint.sender` returns."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from prfaas.common.errors import (
+    ChecksumError,
+    EngineError,
+    LaneLostError,
+    NoRoomError,
+    PeerRefusedError,
+    TicketError,
+    TransferCancelledError,
+    TransferError,
+)
+from prfaas.common.kv_layout import KvLayout
+from prfaas.common.log import get_logger
+from prfaas.transport.api import KvPiece, TransferReport, TransferSpec
+from prfaas.transport.frames import HEADER_BYTES, Ack, Cancel, Finish, Open, Opened
+from prfaas.transport.transfer import Cut, SendingTransfer
+from prfaas.transport.waiting import finish_despite_cancel
+
+if TYPE_CHECKING:
+    from prfaas.transport.channel import Channel, Outgoing
+    from prfaas.transport.session import Session
+
+log = get_logger("transport")
+
+CANCEL_ERRORS: dict[str, type[TransferError]] = {
+    error.reason: error for error in (TransferCancelledError, ChecksumError, LaneLostError, TicketError)
+}
+
+
+def cancel_error(body: Cancel, peer: str) -> TransferError:
+    """The error that a peer's CANCEL stands for."""
+    kind = CANCEL_ERRORS.get(body.reason, TransferError)
+    return kind(f"{peer} ended the transfer: {body.detail or body.reason}")
+
+
+class TransferSender:
+    """A `KvSender`. Everything but `put`, `finish` and `failed` is the event loop's."""
+
+    def __init__(
+        self, spec: TransferSpec, ticket: str, layout: KvLayout, session: Session, chunk_bytes: int, timeout_s: float
+    ) -> None:
+        self.spec = spec
+        self.report = TransferReport()
+        self.number = 0
+        self.layout = layout
+        self._ticket = ticket
+        self._session = session
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._state = SendingTransfer(layout, spec, chunk_bytes)
+        self._attempt = 0
+        self._answer: asyncio.Future[Opened] | None = None
+        self._open = False
+        self._closed = False
+        self._failed: Exception | None = None
+        self._on_failed: list[Callable[[Exception], None]] = []
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self._lane_of: dict[int, Channel] = {}
+        self._finish_channel: Channel | None = None
+        self._readers = 0
+        self._unread: asyncio.Future[None] | None = None
+        self._lock = threading.Lock()
+        self._inbox: list[Sequence[KvPiece]] = []
+        self._timings: dict[str, float | list[float]] | None = None
+        self._wake_scheduled = False
+
+    # -- KvSender
+
+    @property
+    def rtt_s(self) -> float:
+        clock = self._session.link_clock()
+        return clock.rtt_s if clock else 0.0
+
+    @property
+    def failed(self) -> Exception | None:
+        return self._failed
+
+    def on_failed(self, callback: Callable[[Exception], None]) -> None:
+        if self._failed is not None:
+            callback(self._failed)
+        else:
+            self._on_failed.append(callback)
+
+    async def open(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._closed or self._open:
+            raise TransferCancelledError("open() of a transfer that is open or closed already")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._session.wait_usable()
+                opened = await self._ask()
+        except TimeoutError:
+            error = LaneLostError(f"{self._session.peer} did not answer OPEN within {self._timeout_s:g} s")
+            self.fail(error)
+            raise error from None
+        except PeerRefusedError as error:
+            self.fail(error)
+            raise
+        except asyncio.CancelledError:
+            # The transfer stays unopened: an answer that comes late must not begin it.
+            self.fail(TransferCancelledError("open() was cancelled"))
+            raise
+        finally:
+            self._answer = None
+        if opened.no_room:
+            raise NoRoomError(
+                f"{self._session.peer} has no room for {self.spec.request_id}", retry_after_s=opened.retry_after_s
+            )
+        if opened.refused:
+            refusal = TicketError(opened.refused) if opened.kind == "ticket" else PeerRefusedError(opened.refused)
+            self.fail(refusal, tell_peer=False)
+            raise refusal
+        self._open = True
+        self._state.opened(opened.credit_bytes)
+        self._session.wake()
+
+    async def _ask(self) -> Opened:
+        if self.number == 0:
+            self._session.add_sender(self)
+        self._attempt += 1
+        self._answer = self._loop.create_future()
+        spec = self.spec
+        self._session.broadcast(
+            Open(
+                ticket=self._ticket,
+                attempt=self._attempt,
+                transfer_id=spec.transfer_id,
+                token_start=spec.tokens.start,
+                token_end=spec.tokens.end,
+                shard_index=spec.shard.index,
+                shard_count=spec.shard.count,
+                head_start=spec.shard.head_start,
+                head_end=spec.shard.head_end,
+                model_fingerprint=spec.model_fingerprint,
+                layout_hash=spec.layout_hash,
+                dtypes=self.layout.dtypes,
+            ),
+            self.number,
+        )
+        return await self._answer
+
+    def put(self, pieces: Sequence[KvPiece]) -> None:
+        with self._lock:
+            if self._failed is None and not self._closed:
+                self._inbox.append(pieces)
+                self._schedule_inbox()
+
+    def finish(self, timings: dict[str, float | list[float]]) -> None:
+        with self._lock:
+            if self._failed is None and not self._closed:
+                self._timings = dict(timings)
+                self._schedule_inbox()
+
+    async def done(self) -> TransferReport:
+        await asyncio.shield(self._done)
+        return self.report
+
+    async def aclose(self, reason: str = "closed") -> None:
+        if not self._closed:
+            self._closed = True
+            if not self._state.finished:
+                self.fail(TransferCancelledError(f"cancelled by the prefill side: {reason}"), detail=reason)
+            self._session.remove_sender(self)
+        if self._readers:
+            self._unread = self._unread or self._loop.create_future()
+            await finish_despite_cancel(self._unread)
+        self._inbox = []
+
+    # -- for the session
+
+    @property
+    def active(self) -> bool:
+        return self._open and self._failed is None and not self._closed
+
+    def next_cut(self) -> Cut | None:
+        return self._state.next_chunk() if self.active else None
+
+    def begin_read(self) -> None:
+        """A lane or an encoder reads a piece's memory from now on."""
+        self._readers += 1
+
+    def end_read(self) -> None:
+        self._readers -= 1
+        if self._readers == 0 and self._unread is not None and not self._unread.done():
+            self._unread.set_result(None)
+
+    def chunk_begun(self, channel: Channel, cut: Cut) -> None:
+        self._lane_of[cut.sequence] = channel
+
+    def chunk_sent(self, outgoing: Outgoing) -> None:
+        cut = outgoing.cut
+        self._state.sent(cut.sequence)
+        self.report.layer_at_s[cut.layer] = time.monotonic()
+        self.report.raw_bytes += len(cut.data)
+        self.report.wire_bytes += HEADER_BYTES + len(outgoing.payload)
+        self._finish_if_due()
+
+    def opened(self, body: Opened) -> None:
+        if self._answer is not None and not self._answer.done() and body.attempt == self._attempt:
+            self._answer.set_result(body)
+
+    def credited(self, granted_bytes: int) -> None:
+        self._state.grant(granted_bytes)
+
+    def acknowledged(self, body: Ack) -> None:
+        self._state.acknowledged(body.chunks)
+        for sequence in body.chunks:
+            self._lane_of.pop(sequence, None)
+        if body.damaged:
+            for sequence in body.damaged:
+                self._lane_of.pop(sequence, None)
+            try:
+                self._state.damaged(body.damaged)
+            except ChecksumError as error:
+                self.fail(error)
+                return
+            self.report.resent_chunks = self._state.resent_chunks
+        if body.finished:
+            self._state.finished = True
+            self.report.clock = self._session.link_clock()
+            self._session.remove_sender(self)
+            if not self._done.done():
+                self._done.set_result(None)
+
+    def lane_lost(self, channel: Channel, reason: str) -> None:
+        """Fails the transfer when something of it was on that lane and is not acknowledged."""
+        at_stake = self._answer is not None or channel is self._finish_channel or channel in self._lane_of.values()
+        if at_stake and not self._state.finished:
+            self.fail(LaneLostError(f"lane {channel.index} to {self._session.peer} was lost: {reason}"))
+
+    def fail(self, error: Exception, *, tell_peer: bool = True, detail: str = "") -> None:
+        """The transfer can't succeed any more. Idempotent, and a no-op after success."""
+        with self._lock:
+            if self._failed is not None or self._state.finished:
+                return
+            self._failed = error
+            self._inbox.clear()
+        if self.number and tell_peer:
+            word = error.reason if isinstance(error, TransferError) else TransferError.reason
+            self._session.broadcast(Cancel(word, (detail or str(error))[:1000]), self.number)
+        self._session.remove_sender(self)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+        if not self._done.done():
+            self._done.set_exception(error)
+            self._done.exception()  # nobody has to await done()
+        callbacks, self._on_failed = self._on_failed, []
+        for callback in callbacks:
+            callback(error)
+
+    # -- pieces from the engine's thread
+
+    def _schedule_inbox(self) -> None:
+        if not self._wake_scheduled:
+            self._wake_scheduled = True
+            self._loop.call_soon_threadsafe(self._take_inbox)
+
+    def _take_inbox(self) -> None:
+        with self._lock:
+            inbox, self._inbox = self._inbox, []
+            timings = self._timings
+            self._wake_scheduled = False
+        if self._failed is not None or self._closed:
+            return
+        try:
+            for pieces in inbox:
+                self._state.put(pieces)
+            if timings is not None:
+                self._state.finish()
+        except (ValueError, TypeError) as error:
+            self.fail(EngineError(f"transfer {self.spec.request_id}: {error}"))
+            return
+        self._finish_if_due()
+        self._session.wake()
+
+    def _finish_if_due(self) -> None:
+        if not self.active or not self._state.finish_due or self._timings is None:
+            return
+        sent_s = [self.report.layer_at_s.get(layer, 0.0) for layer in range(len(self.layout.layers))]
+        channel = self._session.any_channel()
+        if channel is None:
+            return  # the session is about to fail all its transfers
+        try:
+            channel.send(Finish({**self._timings, "sent_s": sent_s}), self.number)
+        except ValueError as error:
+            self.fail(EngineError(f"transfer {self.spec.request_id}: timings: {error}"))
+            return
+        self._finish_channel = channel
+        self._state.finish_sent()

@@ -1,0 +1,17 @@
+"""Waiting for what must happen before memory may be freed."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+async def finish_despite_cancel(future: asyncio.Future[None]) -> None:
+    """Wait until `future` is done even when the caller is cancelled meanwhile; the cancellation is raised afterwards."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
