@@ -47,12 +47,12 @@ class SseResponse:
             self._news.set()
         else:
             self._writer.cancel()
-        # Raises the connection's error, if there was one; aiohttp takes that for a client that left.
         await asyncio.wait([self._writer])
-        if kind is None:
-            self._writer.result()
-        elif not self._writer.cancelled():
-            self._writer.exception()
+        if not self._writer.cancelled():
+            trouble = self._writer.exception()
+            # A connection that broke means a client that left: nobody is there to be told.
+            if kind is None and trouble is not None and not isinstance(trouble, ConnectionError):
+                raise trouble
 
     def send(self, event: bytes) -> None:
         """`event`: whole events, each with the empty line that ends it."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 from prfaas.common import log
-from prfaas.common.config import Config, EngineConfig
+from prfaas.common.config import Config, EngineConfig, parse_address
 from prfaas.common.errors import ConfigError
 from prfaas.common.metrics import Metrics
 from prfaas.services import web as services_web
@@ -73,8 +73,15 @@ class Node:
             layout=info.layout,
             model_fingerprint=info.model_fingerprint,
             secret=self.secret,
+            clock_skew_s=config.cluster.clock_skew_s,
+            metrics=self.metrics.transport,
+            region=config.node.region,
         )
-        await self.endpoint.start()
+        try:
+            await self.endpoint.start()
+        except BaseException:
+            await self.engine.close()
+            raise
         metrics = self.metrics.node
         metrics.arena_bytes.set(info.arena_bytes)
         metrics.running_requests.set_function(lambda: self.engine.load().running_requests)
@@ -179,7 +186,7 @@ class Node:
         if self.role != "prefill":
             return
         for peer in answer.peers:
-            if peer.node != self.name:
+            if peer.node != self.name and peer.kv_addresses:
                 self.endpoint.connect(peer.node, [KvAddress(a.host, a.port, a.rank) for a in peer.kv_addresses])
         for gone in before - self._peer_names():
             self.endpoint.forget(gone)
@@ -231,10 +238,11 @@ def make_engine(config: EngineConfig) -> Engine:
 @contextlib.asynccontextmanager
 async def running_node(config: Config, role: str, engine: Engine) -> AsyncIterator[Node]:
     """A whole node, listening and heartbeating, until the block ends; then it leaves, at once."""
+    _url(*parse_address(config.node.bind), config.node.advertise)  # before a model is loaded for nothing
     app = make_app(config, role, engine)
     node = app[NODE]
     async with services_web.listening(app, config.node.bind, secret=node.secret, key="node.bind") as (host, port):
-        node.heartbeat(config.node.advertise or _url(host, port))
+        node.heartbeat(_url(host, port, config.node.advertise))
         try:
             yield node
         finally:
@@ -243,8 +251,10 @@ async def running_node(config: Config, role: str, engine: Engine) -> AsyncIterat
             await node.leave()
 
 
-def _url(host: str, port: int) -> str:
-    """Raises ConfigError for a wildcard address: nobody can dial it."""
+def _url(host: str, port: int, advertise: str) -> str:
+    """Where routers reach the node. Raises ConfigError for a wildcard address: nobody can dial it."""
+    if advertise:
+        return advertise.rstrip("/")
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         if address.is_unspecified:

@@ -123,7 +123,7 @@ class DecodeJob:
         """Beside the batch: the step of the last prompt token, layer by layer, each as soon as it is here."""
         config = self._machine.config
         tokens = self._receivers[0].spec.tokens if self._receivers else TokenRange(0, 0)
-        content = KvContent(self._machine.info.layout, self._context[: tokens.end])
+        content = await self._machine.content(self._context[: tokens.end])
         used_s = []
         ready_s = 0.0
         for layer in range(len(self._missing)):

@@ -11,12 +11,14 @@ from prfaas.common.config import EngineConfig
 from prfaas.common.errors import RequestError
 from prfaas.services.engine.api import EngineInfo
 from prfaas.services.engine.emulated.batch import Batch
+from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.device import Device
 from prfaas.services.engine.emulated.stream import finish
 from prfaas.transport.arena import Arena, Region
 
 _INLINE_BYTES = 256 << 10
 """KV up to this size is written or checked on the event loop (under a millisecond); more goes to the thread."""
+_BYTES_PER_ID = 32  # what hashing one token's prefix moves
 
 T = TypeVar("T")
 
@@ -67,6 +69,9 @@ class Machine:
             call.exception()
             raise
         return call.result()
+
+    async def content(self, token_ids: list[int]) -> KvContent:
+        return await self.run(lambda: KvContent(self.info.layout, token_ids), len(token_ids) * _BYTES_PER_ID)
 
     def check(self, token_ids: list[int], context_tokens: int) -> None:
         """Raises RequestError for ids outside the vocabulary or a context that is too long."""

@@ -40,7 +40,7 @@ class PrefillJob:
             if not self._tokens.tokens:
                 emit(PrefillDone(queued_s, queued_s, queued_s, [queued_s] * len(self._computed_s)))
                 return
-            content = KvContent(self._machine.info.layout, ids[: self._tokens.end])
+            content = await self._machine.content(ids[: self._tokens.end])
             await self._admission()
             async with self._machine.prefill_slots:
                 started_s = time.monotonic()

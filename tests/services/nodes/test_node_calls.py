@@ -144,11 +144,10 @@ async def test_a_prefill_that_is_closed_ends_the_decode(cluster: Any, make_call:
 async def test_without_room_the_second_waits_for_the_first(cluster: Any, make_call: Any) -> None:
     """The decode node has memory for one: the other's OPEN is answered "no room" until the first has ended."""
     prefill = await cluster.node("prefill")
-    per_token = prefill.engine.info.layout.bytes_per_token
-    arena = 2 * MIB
-    tokens = arena // per_token - len(LONG)
-    decode = await cluster.node("decode", arena_bytes=arena)
-    calls = [make_call(LONG, request_id=f"request-{i}", max_output_tokens=min(tokens, 200)) for i in range(2)]
+    room_tokens = 4 * MIB // prefill.engine.info.layout.bytes_per_token
+    assert len(LONG) + 200 < room_tokens < 2 * len(LONG)
+    decode = await cluster.node("decode", arena_bytes=4 * MIB)
+    calls = [make_call(LONG, request_id=f"request-{i}", max_output_tokens=200) for i in range(2)]
     opened = [await cluster.decode(decode, call) for call in calls]
     sent = [
         await cluster.prefill(prefill, decode, call, ticket) for call, (_, ticket) in zip(calls, opened, strict=True)
