@@ -42,9 +42,7 @@ def parser() -> Parser:
         "prfaas demo --rate-mbit 200 --delay-ms 40",
     )
     flags.add_argument("--model", default="smollm2", metavar="NAME", help="smollm2, a directory or Hugging Face id")
-    flags.add_argument(
-        "--question", default=QUESTION, metavar="TEXT", help=f"asked about the demo's story [{QUESTION}]"
-    )
+    flags.add_argument("--question", default=QUESTION, metavar="TEXT", help=f"about the story [{QUESTION}]")
     flags.add_argument("--prompt-tokens", type=_whole(64), metavar="N", help="repeat or cut the story to N tokens")
     flags.add_argument("--max-tokens", type=_whole(2), default=64, metavar="N", help="longest answer [64]")
     flags.add_argument("--rate-mbit", type=_number(0.1), default=500.0, metavar="N", help="the WAN's rate [500]")
