@@ -234,22 +234,35 @@ def _http_error(error: web.HTTPException, request: web.Request) -> tuple[int, Er
 def describe_error(error: Exception, request_id: str) -> tuple[int, ErrorBody, dict[str, str]]:
     """HTTP status, OpenAI's error body and extra headers for an exception. What we don't know is logged in full and
     told to the client only as a request id."""
+    status, headers = status_of(error), {}
+    detail = ErrorDetail(str(error), "service_unavailable_error", None, "unavailable")
     if isinstance(error, RequestError):
-        return error.status, ErrorBody(ErrorDetail(str(error), error.kind, error.param, error.code)), {}
-    if isinstance(error, UnavailableError):
-        detail = ErrorDetail(str(error), "service_unavailable_error", None, "unavailable")
-        return 503, ErrorBody(detail), {"retry-after": str(error.retry_after_s)}
+        detail = ErrorDetail(str(error), error.kind, error.param, error.code)
+    elif isinstance(error, UnavailableError):
+        headers = {"retry-after": str(error.retry_after_s)}
+    elif isinstance(error, OutOfMemoryError):
+        detail = ErrorDetail(str(error), RequestError.kind, None, "context_length_exceeded")
+    elif isinstance(error, TransferError):
+        detail = ErrorDetail(str(error), "service_unavailable_error", None, error.reason)
+    elif isinstance(error, TimeoutError):
+        detail = ErrorDetail("the request took too long", "timeout_error", None, "timeout")
+    else:
+        logger.error("request_failed", exc_info=error)
+        message = f"{error} (request {request_id})" if isinstance(error, PrfaasError) else ""
+        message = message or f"internal error; the log names request {request_id}"
+        detail = ErrorDetail(message, "server_error", None, "internal_error")
+    return status, ErrorBody(detail), headers
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status that `describe_error` gives, without its log line."""
+    if isinstance(error, web.HTTPException | RequestError):
+        return error.status
     if isinstance(error, OutOfMemoryError):
-        return 400, ErrorBody(ErrorDetail(str(error), RequestError.kind, None, "context_length_exceeded")), {}
-    if isinstance(error, TransferError):
-        return 503, ErrorBody(ErrorDetail(str(error), "service_unavailable_error", None, error.reason)), {}
+        return 400
     if isinstance(error, TimeoutError):
-        return 503, ErrorBody(ErrorDetail("the request took too long", "timeout_error", None, "timeout")), {}
-    logger.error("request_failed", exc_info=error)
-    message = f"internal error; the log names request {request_id}"
-    if isinstance(error, PrfaasError):
-        message = f"{error} (request {request_id})"
-    return 500, ErrorBody(ErrorDetail(message, "server_error", None, "internal_error")), {}
+        return 504
+    return 503 if isinstance(error, UnavailableError | TransferError) else 500
 
 
 def error_response(status: int, body: ErrorBody, headers: Mapping[str, str] | None = None) -> web.Response:

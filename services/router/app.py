@@ -1,0 +1,357 @@
+"""The router process: the OpenAI API in front, nodes behind. Wiring and HTTP handlers; the work is next door."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from aiohttp import web
+from prfaas.common import log
+from prfaas.common.auth import key_matches
+from prfaas.common.config import Config, RouterConfig, parse_address
+from prfaas.common.errors import (
+    AuthenticationError,
+    ConfigError,
+    ModelNotFoundError,
+    RequestError,
+    UnavailableError,
+)
+from prfaas.common.metrics import Metrics
+from prfaas.common.scheduling.least_loaded import LeastLoaded
+from prfaas.services import web as services_web
+from prfaas.services.engine.tokenizer import load_tokenizer
+from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
+from prfaas.services.router.dispatch import Dispatcher, Job
+from prfaas.services.router.openai import GenerationRequest, Kind
+from prfaas.services.router.prompts import Prompts
+from prfaas.services.router.registry import LEASE_S, ROLES, Registry
+from prfaas.services.router.timeline import Timelines
+from prfaas.services.router.upstream import Nodes
+from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
+
+NODE_STATES = ("usable", "unreachable", "draining", "lost")
+
+logger = log.get_logger("router")
+
+
+@dataclass(slots=True)
+class Router:
+    """What a router process holds."""
+
+    config: RouterConfig
+    secret: bytes
+    api_keys: tuple[str, ...]
+    signer: Signer
+    prompts: Prompts
+    metrics: Metrics = field(default_factory=Metrics)
+    registry: Registry = field(default_factory=Registry)
+    started_at_s: int = field(default_factory=lambda: int(time.time()))
+    refused: dict[str, str] = field(default_factory=dict)
+    """Nodes whose heartbeats are refused, and why: logged once, not every two seconds."""
+
+    def why_not_ready(self) -> str | None:
+        return self.registry.why_not_ready(time.monotonic())
+
+    @property
+    def served_model(self) -> str:
+        """Empty: no node has said yet."""
+        return self.config.served_model or self.registry.model
+
+    def authenticate(self, request: web.Request) -> None:
+        """Raises AuthenticationError unless the client has one of the keys, or there are none."""
+        if not self.api_keys:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise AuthenticationError("no API key: send it as Authorization: Bearer <key>", code="invalid_api_key")
+        if not key_matches(key.strip(), self.api_keys):
+            raise AuthenticationError("wrong API key", code="invalid_api_key")
+
+    def check_model(self, model: str) -> None:
+        """Raises ModelNotFoundError, UnavailableError."""
+        if not self.served_model:
+            raise UnavailableError("no node has registered yet; try again", retry_after_s=2)
+        if model != self.served_model:
+            raise ModelNotFoundError(
+                f"the model {model[:200]!r} does not exist; this cluster serves {self.served_model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def max_output_tokens(self, request: GenerationRequest, prompt_tokens: int) -> int:
+        """Raises RequestError when prompt and output don't fit the model."""
+        longest = self.registry.max_model_tokens
+        if not longest:
+            raise UnavailableError("no node has registered yet; try again", retry_after_s=2)
+        if prompt_tokens >= longest:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens; this model takes {longest} with at least one of output",
+                param=request.prompt_field,
+                code="context_length_exceeded",
+            )
+        if request.max_output_tokens is None:
+            most = min(self.config.default_max_output_tokens, longest - prompt_tokens)
+            return max(most, min(request.sampling.min_tokens, longest - prompt_tokens))
+        if prompt_tokens + request.max_output_tokens > longest:
+            raise RequestError(
+                f"max_tokens {request.max_output_tokens} and a prompt of {prompt_tokens} tokens are more than "
+                f"this model's {longest}; ask for at most {longest - prompt_tokens}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return request.max_output_tokens
+
+
+ROUTER = web.AppKey("router", Router)
+DISPATCHER = web.AppKey("dispatcher", Dispatcher)
+TIMELINES = web.AppKey("timelines", Timelines)
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+async def completions(http: web.Request) -> web.StreamResponse:
+    return await _generate(http, "completion")
+
+
+async def chat_completions(http: web.Request) -> web.StreamResponse:
+    return await _generate(http, "chat")
+
+
+async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
+    arrived_s = time.monotonic()
+    router = http.app[ROUTER]
+    metrics = router.metrics.router
+    status = 499  # the client left, as nginx counts it
+    metrics.inflight_requests.inc()
+    try:
+        router.authenticate(http)
+        request = await router.prompts.parse(kind, await read_body(http))
+        router.check_model(request.model)
+        prompt = await router.prompts.tokenize(request)
+        metrics.prompt_tokens.inc(prompt.tokens)
+        job = Job(
+            request_id=http[REQUEST_ID],
+            request=request,
+            prompt=prompt,
+            format=_format(request),
+            max_output_tokens=router.max_output_tokens(request, prompt.tokens),
+            arrived_s=arrived_s,
+            deadline_s=arrived_s + router.config.request_timeout_s,
+        )
+        response = await http.app[DISPATCHER].run(http, job)
+        status = response.status
+        return response
+    except Exception as error:
+        status = services_web.status_of(error)
+        raise
+    finally:
+        metrics.inflight_requests.dec()
+        metrics.requests.labels(kind, str(status)).inc()
+
+
+def _format(request: GenerationRequest) -> FormatMessage:
+    prefix = "chatcmpl-" if request.kind == "chat" else "cmpl-"
+    return FormatMessage(
+        kind=request.kind,
+        id=prefix + secrets.token_hex(12),
+        created=int(time.time()),
+        model=request.model,
+        stream=request.stream,
+        include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
+        echo=request.echo,
+    )
+
+
+async def tokenize(http: web.Request) -> web.Response:
+    """As vLLM's: the prompt's or the messages' token ids."""
+    router = http.app[ROUTER]
+    router.authenticate(http)
+    body = await read_body(http)
+    kind: Kind = "chat" if b'"messages"' in body else "completion"
+    request = await router.prompts.parse(kind, body)
+    router.check_model(request.model)
+    prompt = await router.prompts.tokenize(request)
+    return json_response(
+        {"count": prompt.tokens, "max_model_len": router.registry.max_model_tokens, "tokens": prompt.json}
+    )
+
+
+# -- models and probes ------------------------------------------------------------------------------------------------
+
+
+def _model_object(router: Router) -> Mapping[str, object]:
+    return {
+        "id": router.served_model,
+        "object": "model",
+        "created": router.started_at_s,
+        "owned_by": "prfaas",
+        "max_model_len": router.registry.max_model_tokens or None,
+    }
+
+
+async def models(http: web.Request) -> web.Response:
+    router = http.app[ROUTER]
+    router.authenticate(http)
+    return json_response({"object": "list", "data": [_model_object(router)] if router.served_model else []})
+
+
+async def model(http: web.Request) -> web.Response:
+    """A model's name may hold slashes."""
+    router = http.app[ROUTER]
+    router.authenticate(http)
+    router.check_model(http.match_info["model"])
+    return json_response(_model_object(router))
+
+
+async def health(http: web.Request) -> web.Response:
+    """vLLM's name for readiness: 200 with an empty body, or 503."""
+    return web.Response(status=200 if http.app[ROUTER].why_not_ready() is None else 503)
+
+
+async def show_version(_http: web.Request) -> web.Response:
+    return json_response({"version": version("prfaas")})
+
+
+async def timeline(http: web.Request) -> web.Response:
+    http.app[ROUTER].authenticate(http)
+    request_id = http.match_info["request_id"]
+    record = http.app[TIMELINES].get(request_id)
+    if record is None:
+        raise ModelNotFoundError(
+            f"no timeline of request {request_id[:128]!r}: unknown, still running, or too long ago",
+            code="timeline_not_found",
+        )
+    return json_response(record.timeline())
+
+
+# -- nodes ------------------------------------------------------------------------------------------------------------
+
+
+async def heartbeat(http: web.Request) -> web.Response:
+    received_s = time.monotonic()
+    router = http.app[ROUTER]
+    outcomes = router.metrics.router.heartbeats
+    try:
+        message = await parse_json(await read_signed(http, router.signer), Heartbeat)
+    except RequestError as error:
+        outcomes.labels("refused").inc()
+        logger.warning("heartbeat_refused", peer=http.remote, error=str(error))
+        raise
+    try:
+        registered = router.registry.heartbeat(message, received_s)
+    except RequestError as error:
+        outcomes.labels("refused").inc()
+        if router.refused.get(message.node) != str(error):
+            if len(router.refused) > 1000:
+                router.refused.clear()
+            router.refused[message.node] = str(error)
+            logger.error("node_refused", node=message.node[:128], peer=http.remote, error=str(error))
+        raise
+    router.refused.pop(message.node, None)
+    outcomes.labels("accepted").inc()
+    if registered.news is not None:
+        logger.info("node", news=registered.news, node=message.node, role=message.role, region=message.region)
+    peers = router.registry.peers_of(message, received_s)
+    return json_response(HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers, LEASE_S))
+
+
+# -- wiring -----------------------------------------------------------------------------------------------------------
+
+
+def make_app(config: Config) -> web.Application:
+    """Loads the tokenizer; opens nothing until the app starts. Raises ConfigError."""
+    if not config.router.model_path:
+        raise ConfigError(["router.model_path is not set: the router needs the model's tokenizer"])
+    secret = services_web.read_secret(config.cluster)
+    router = Router(
+        config=config.router,
+        secret=secret,
+        api_keys=read_api_keys(config.router),
+        signer=Signer.of(secret, config.cluster),
+        prompts=Prompts(load_tokenizer(config.router.model_path), config.router.tokenizer_threads),
+    )
+    app = services_web.make_app(
+        router.metrics, not_ready=router.why_not_ready, max_body_bytes=config.router.max_body_bytes
+    )
+    app[ROUTER] = router
+    app[TIMELINES] = Timelines(config.router.timelines)
+    app.cleanup_ctx.append(_running)
+    app.router.add_post("/v1/completions", completions)
+    app.router.add_post("/v1/chat/completions", chat_completions)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/v1/models/{model:.+}", model)
+    app.router.add_get("/health", health)
+    app.router.add_get("/version", show_version)
+    app.router.add_post("/tokenize", tokenize)
+    app.router.add_get("/requests/{request_id}/timeline", timeline)
+    app.router.add_post("/nodes/heartbeat", heartbeat)
+    _count_nodes(router)
+    return app
+
+
+async def _running(app: web.Application) -> AsyncIterator[None]:
+    router = app[ROUTER]
+    async with services_web.client_session() as session:
+        app[DISPATCHER] = Dispatcher(
+            router.config.name,
+            Nodes(session, router.signer),
+            router.registry,
+            LeastLoaded(router.config.offload_threshold_tokens),
+            router.metrics.router,
+            app[TIMELINES],
+        )
+        yield
+    router.prompts.close()
+
+
+def _count_nodes(router: Router) -> None:
+    """The gauge asks the registry when it is read: leases run out without an event."""
+    for role in ROLES:
+        for state in NODE_STATES:
+            gauge = router.metrics.router.nodes.labels(role, state)
+            gauge.set_function(partial(_nodes_in, router.registry, role, state))
+
+
+def _nodes_in(registry: Registry, role: str, state: str) -> float:
+    return registry.count(role, state, time.monotonic())
+
+
+def read_api_keys(config: RouterConfig) -> tuple[str, ...]:
+    """From the settings and the file, one a line, `#` for comments. Raises ConfigError."""
+    keys = list(config.api_keys)
+    if config.api_keys_file:
+        try:
+            lines = Path(config.api_keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"router.api_keys_file = {config.api_keys_file!r} can't be read: {error}"]) from error
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise ConfigError([f"router.api_keys_file = {config.api_keys_file!r} holds no key"])
+        keys += found
+    return tuple(keys)
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    app = make_app(config)
+    router = app[ROUTER]
+    host, _ = parse_address(config.router.bind)
+    if not router.api_keys and not services_web.is_loopback(host):
+        logger.warning(
+            "api_is_open", bind=config.router.bind, mend="set router.api_keys_file: anyone may send requests"
+        )
+    async with services_web.listening(app, config.router.bind, secret=router.secret, key="router.bind") as (_, port):
+        logger.info("router_listens", name=config.router.name, url=f"http://{host}:{port}")
+        await services_web.stop_signal()
+
+
+def serve(config: Config) -> None:
+    """The command's body: a router under uvloop."""
+    services_web.run(run(config))

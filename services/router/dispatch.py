@@ -1,0 +1,401 @@
+"""One request from its decision to its last byte (DESIGN.md section 3; ARCHITECTURE.md, "Between the services").
+
+    decide ─▶ open /decode ─▶ ticket ─▶ open /prefill beside it ─▶ relay /decode to the client ─▶ end
+       ▲            │                        │                             │
+       │   unreachable, refused         failed: the decode call       lost before a token:
+       └── another decode node ◀────── is cancelled too ─────────────▶ again; after one: an error event
+
+Both calls live inside one attempt: whatever ends the attempt (the client left, the deadline, a failure on either side)
+closes both, at once. Nothing reaches the client before the first token, so that an attempt can be repeated unseen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import msgspec
+from aiohttp import web
+from prfaas.common import log
+from prfaas.common.errors import PrfaasError, ProtocolError, UnavailableError
+from prfaas.common.metrics import RouterMetrics
+from prfaas.common.scheduling.types import Policy, RequestSnapshot
+from prfaas.services.messages import (
+    DecodeCall,
+    ErrorBody,
+    ErrorDetail,
+    FormatMessage,
+    PrefillCall,
+    PrefillResult,
+    TicketEvent,
+    to_json,
+)
+from prfaas.services.router.node_stream import Batch, response_body
+from prfaas.services.router.openai import GenerationRequest
+from prfaas.services.router.prompts import Prompt
+from prfaas.services.router.registry import Node, Registry
+from prfaas.services.router.timeline import Record, RequestFacts, RouterInstants, Timelines
+from prfaas.services.router.upstream import (
+    CLIENT_ERRORS,
+    NodeCall,
+    NodeCallError,
+    NodeRefusedError,
+    Nodes,
+    NodeUnreachableError,
+    decode_event,
+)
+from prfaas.services.web import REQUEST_ID_HEADER, describe_error, error_response
+
+REASON_HEADER = "x-prfaas-reason"
+PREFILL_HEADER = "x-prfaas-prefill"
+DECODE_HEADER = "x-prfaas-decode"
+
+DECODE_ATTEMPTS = 2
+"""Decode nodes that a request may try."""
+RETRY_AFTER_S = 2
+"""A node's next heartbeat is at most so far away."""
+
+logger = log.get_logger("router")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked and tokenized request."""
+
+    request_id: str
+    request: GenerationRequest
+    prompt: Prompt
+    format: FormatMessage
+    max_output_tokens: int
+    arrived_s: float
+    deadline_s: float
+    """In the loop's clock, which is the monotonic one."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Where a request is being tried."""
+
+    reason: str
+    decode: Node
+    prefill: Node | None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What has happened to a request so far, over all attempts."""
+
+    instants: RouterInstants
+    attempt: Attempt | None = None
+    fallbacks: list[str] = field(default_factory=list)
+    decode_attempts: int = 0
+    prefill_gave_up: bool = False
+    response: web.StreamResponse | None = None
+    """Set when the first byte is about to leave: from here on nothing can be repeated."""
+    output_tokens: int = 0
+    timeline: bytes | None = None
+    outcome: str = "failed"
+
+
+class Dispatcher:
+    """Shared by all requests of a router."""
+
+    def __init__(
+        self,
+        name: str,
+        nodes: Nodes,
+        registry: Registry,
+        policy: Policy,
+        metrics: RouterMetrics,
+        timelines: Timelines,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.nodes = nodes
+        self.registry = registry
+        self.policy = policy
+        self.metrics = metrics
+        self.timelines = timelines
+        self.now_s = now_s
+
+    async def run(self, http: web.Request, job: Job) -> web.StreamResponse:
+        """Answer `http`. Raises PrfaasError while nothing has been sent; later failures are an event in the stream.
+
+        Cancelled (the client left): both calls to nodes are closed when this raises.
+        """
+        progress = Progress(RouterInstants(job.arrived_s))
+        try:
+            async with asyncio.timeout_at(job.deadline_s):
+                response = await self._until_done(http, job, progress)
+            progress.outcome = "done"
+            return response
+        except asyncio.CancelledError:
+            progress.outcome = "cancelled"
+            self.metrics.cancels.labels("client").inc()
+            raise
+        except (PrfaasError, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                self.metrics.cancels.labels("timeout").inc()
+            if progress.response is None:
+                if isinstance(error, NodeCallError):
+                    return _refused(error, job.request_id)
+                raise
+            await _end_with_error(progress.response, error, job.request_id)
+            return progress.response
+        finally:
+            self._account(job, progress)
+
+    async def _until_done(self, http: web.Request, job: Job, progress: Progress) -> web.StreamResponse:
+        """Attempt after attempt; which failure allows another one is decided in `_may_repeat`."""
+        while True:
+            attempt = progress.attempt = self._decide(job, progress)
+            if progress.instants.decided_s is None:
+                progress.instants.decided_s = self.now_s()
+            try:
+                return await self._attempt(http, job, progress, attempt)
+            except NodeCallError as error:
+                if isinstance(error, NodeUnreachableError):
+                    self.registry.unreachable(error.node)
+                if progress.response is not None or not self._may_repeat(attempt, progress, error):
+                    raise
+                fallback = f"{error.node.role}_{error.reason}"
+                progress.fallbacks.append(fallback)
+                self.metrics.fallbacks.labels(fallback).inc()
+                logger.warning("fallback", reason=fallback, node=error.node.name, error=str(error))
+
+    def _decide(self, job: Job, progress: Progress) -> Attempt:
+        """Raises UnavailableError when no decode node is usable."""
+        snapshot = RequestSnapshot(
+            job.request_id,
+            job.prompt.tokens,
+            job.max_output_tokens,
+            job.prompt.tokens,
+            job.deadline_s - self.now_s(),
+        )
+        decision = self.policy(snapshot, self.registry.snapshot(self.now_s()))
+        if decision is None:
+            raise UnavailableError("no decode node can take requests now; try again", retry_after_s=RETRY_AFTER_S)
+        decode = self.registry.node(decision.decode_node)
+        if progress.prefill_gave_up or decision.prefill_node is None:
+            return Attempt("prefill_failed" if progress.prefill_gave_up else decision.reason, decode, None)
+        return Attempt(decision.reason, decode, self.registry.node(decision.prefill_node))
+
+    def _may_repeat(self, attempt: Attempt, progress: Progress, error: NodeCallError) -> bool:
+        """Prefill's failures, and the decode node's with prefill elsewhere: once more, prefilled locally. A decode
+        node that is gone or refuses: once more on another one. A mistake of the client's is everywhere the same."""
+        if error.is_clients_fault and error.node is attempt.decode:
+            return False
+        if error.node is attempt.prefill:
+            progress.prefill_gave_up = True
+            return True
+        progress.decode_attempts += 1
+        if isinstance(error, NodeUnreachableError | NodeRefusedError):
+            # A node that refuses now (draining) would be asked again: it is no better than one that is gone.
+            self.registry.unreachable(error.node)
+            return progress.decode_attempts < DECODE_ATTEMPTS
+        if attempt.prefill is not None and not progress.prefill_gave_up:
+            progress.prefill_gave_up = True
+            return True
+        return False
+
+    # -- one attempt -------------------------------------------------------------------------------------------------
+
+    async def _attempt(self, http: web.Request, job: Job, progress: Progress, attempt: Attempt) -> web.StreamResponse:
+        """Raises NodeCallError of either node, ProtocolError. Both calls are closed when it ends."""
+        self.metrics.decisions.labels(attempt.reason).inc()
+        body = self._decode_body(job, attempt)
+        prefill: asyncio.Task[PrefillResult] | None = None
+        with ExitStack() as counted:
+            counted.enter_context(self.registry.dispatched(attempt.decode, job.prompt.tokens))
+            if attempt.prefill is not None:
+                counted.enter_context(self.registry.dispatched(attempt.prefill, job.prompt.tokens))
+            try:
+                async with self.nodes.call(attempt.decode, "/decode", body, job.request_id) as call:
+                    ticket, batch = await _read_ticket(call)
+                    if attempt.prefill is not None and ticket.ticket:
+                        progress.instants.ticket_s = self.now_s()
+                        prefill = self._start_prefill(job, attempt, ticket, call, progress)
+                    if job.request.stream:
+                        return await self._relay(http, job, progress, attempt, call, batch)
+                    return await self._collect(job, progress, attempt, call, batch)
+            finally:
+                if prefill is not None:
+                    await _stop(prefill)
+
+    def _start_prefill(
+        self, job: Job, attempt: Attempt, ticket: TicketEvent, call: NodeCall, progress: Progress
+    ) -> asyncio.Task[PrefillResult]:
+        assert attempt.prefill is not None
+        prefill_call = PrefillCall(
+            job.request_id,
+            self.name,
+            job.prompt.json,  # type: ignore[arg-type]  # already JSON, written out as it is
+            attempt.decode.name,
+            ticket.ticket,
+            ticket.kv_addresses,
+            max(0.0, job.deadline_s - self.now_s()),
+        )
+
+        def ended(task: asyncio.Task[PrefillResult]) -> None:
+            # After the first token all KV has arrived: what happens to the call then changes nothing.
+            if not task.cancelled() and (error := task.exception()) is not None and not progress.output_tokens:
+                call.fail(error if isinstance(error, Exception) else RuntimeError("prefill was interrupted"))
+
+        task = asyncio.create_task(self.nodes.prefill(attempt.prefill, prefill_call))
+        task.add_done_callback(ended)
+        return task
+
+    async def _relay(
+        self, http: web.Request, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None
+    ) -> web.StreamResponse:
+        """Every event as it comes; those that come together in one write."""
+        held: list[bytes] = []
+        response: web.StreamResponse | None = None
+        done = False
+        while batch is not None:
+            self._note(progress, batch)
+            if response is not None:
+                if batch.relay:
+                    await response.write(b"".join(batch.relay))
+            elif batch.relay:
+                held += batch.relay
+                if progress.output_tokens or held[-1] == b"data: [DONE]\n\n":
+                    response = progress.response = _stream_response(job.request_id, attempt)
+                    await response.prepare(http)
+                    await response.write(b"".join(held))
+            done = done or (bool(batch.relay) and batch.relay[-1] == b"data: [DONE]\n\n")
+            batch = await call.read()
+        if not done or response is None:
+            raise NodeUnreachableError(attempt.decode, "it ended its stream before the output was complete")
+        await response.write_eof()
+        return response
+
+    async def _collect(
+        self, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None
+    ) -> web.Response:
+        """The one `data:` line as the JSON body."""
+        lines: list[bytes] = []
+        while batch is not None:
+            self._note(progress, batch)
+            lines += batch.relay
+            batch = await call.read()
+        if not lines:
+            raise NodeUnreachableError(attempt.decode, "it ended its stream before the output was complete")
+        headers = _headers(job.request_id, attempt) | {"content-type": "application/json"}
+        return web.Response(body=response_body(lines), headers=headers)
+
+    def _note(self, progress: Progress, batch: Batch) -> None:
+        if batch.output_tokens:
+            now_s = self.now_s()
+            if not progress.output_tokens:
+                progress.instants.first_token_s = now_s
+            progress.instants.last_token_s = now_s
+            progress.output_tokens += batch.output_tokens
+        if batch.timeline is not None:
+            progress.timeline = batch.timeline
+
+    def _decode_body(self, job: Job, attempt: Attempt) -> bytes:
+        return msgspec.json.encode(
+            DecodeCall(
+                job.request_id,
+                self.name,
+                job.prompt.json,  # type: ignore[arg-type]  # already JSON, written out as it is
+                job.max_output_tokens,
+                job.request.sampling,
+                job.format,
+                local_prefill=attempt.prefill is None,
+                timeout_s=max(0.0, job.deadline_s - self.now_s()),
+            )
+        )
+
+    # -- afterwards --------------------------------------------------------------------------------------------------
+
+    def _account(self, job: Job, progress: Progress) -> None:
+        instants, attempt = progress.instants, progress.attempt
+        instants.ended_s = self.now_s()
+        self.metrics.output_tokens.inc(progress.output_tokens)
+        self.metrics.e2e_seconds.observe(instants.ended_s - instants.arrived_s)
+        if instants.first_token_s is not None:
+            self.metrics.ttft_seconds.observe(instants.first_token_s - instants.arrived_s)
+        logger.info(
+            "request",
+            outcome=progress.outcome,
+            reason=attempt.reason if attempt else "no_decode_node",
+            decode=attempt.decode.name if attempt else None,
+            prefill=attempt.prefill.name if attempt and attempt.prefill else None,
+            fallbacks=progress.fallbacks or None,
+            prompt_tokens=job.prompt.tokens,
+            output_tokens=progress.output_tokens,
+            e2e_s=round(instants.ended_s - instants.arrived_s, 4),
+        )
+        if attempt is not None:
+            facts = RequestFacts(
+                job.request_id,
+                progress.outcome,
+                attempt.reason,
+                progress.fallbacks,
+                attempt.prefill.name if attempt.prefill else None,
+                attempt.decode.name,
+                job.prompt.tokens,
+                progress.output_tokens,
+            )
+            self.timelines.add(Record(facts, instants, progress.timeline))
+
+
+async def _read_ticket(call: NodeCall) -> tuple[TicketEvent, Batch]:
+    """The first event, and the batch it came in, which may hold more. Raises NodeCallError."""
+    while (batch := await call.read()) is not None:
+        for name, data in batch.events:
+            if name == "ticket":
+                return decode_event(call.node, data, TicketEvent), batch
+        if batch.relay:
+            break
+    raise NodeUnreachableError(call.node, "it gave no ticket")
+
+
+async def _stop(task: asyncio.Task[PrefillResult]) -> None:
+    """Close the prefill call if it is still open; its failure, if any, has been seen."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()
+
+
+def _headers(request_id: str, attempt: Attempt) -> dict[str, str]:
+    headers = {REQUEST_ID_HEADER: request_id, REASON_HEADER: attempt.reason, DECODE_HEADER: attempt.decode.name}
+    if attempt.prefill is not None:
+        headers[PREFILL_HEADER] = attempt.prefill.name
+    return headers
+
+
+def _stream_response(request_id: str, attempt: Attempt) -> web.StreamResponse:
+    headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+    return web.StreamResponse(headers=headers | _headers(request_id, attempt))
+
+
+def _refused(error: NodeCallError, request_id: str) -> web.Response:
+    """What a node said of the client's mistake goes to the client as it is; its other troubles are ours: 503."""
+    if error.is_clients_fault and error.detail is not None:
+        status = error.status if 400 <= error.status < 500 else CLIENT_ERRORS[error.detail.type]
+        return error_response(status, ErrorBody(error.detail))
+    logger.error("no_node_could_serve", error=str(error), reason=error.reason)
+    message = "the request could not be served; try again"
+    if error.detail is not None and error.detail.type == "server_error":
+        return error_response(500, ErrorBody(ErrorDetail(f"{message} (request {request_id})", "server_error")))
+    return error_response(*describe_error(UnavailableError(message, retry_after_s=RETRY_AFTER_S), request_id))
+
+
+async def _end_with_error(response: web.StreamResponse, error: Exception, request_id: str) -> None:
+    """As OpenAI ends a stream that failed: an error object instead of a chunk, and no [DONE]."""
+    if isinstance(error, NodeCallError | ProtocolError):
+        logger.error("stream_broken", error=str(error))
+        detail = ErrorDetail("the stream broke off; the output is incomplete", "server_error", None, "stream_broken")
+        body = ErrorBody(detail)
+    else:
+        body = describe_error(error, request_id)[1]
+    await response.write(b"data: %b\n\n" % to_json(body))
+    await response.write_eof()

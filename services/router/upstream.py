@@ -1,0 +1,181 @@
+"""Calls to nodes, with what can go wrong mapped to three words: the node is not there, it refused, or it failed.
+
+An open call is a lease on the node: leaving the `async with` of a call closes its connection unless the answer was
+read to its end, and the node frees what it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+from prfaas.common.errors import PrfaasError, ProtocolError
+from prfaas.services.messages import ErrorBody, ErrorDetail, PrefillCall, PrefillResult
+from prfaas.services.router.node_stream import Batch, NodeStream
+from prfaas.services.router.registry import Node
+from prfaas.services.web import CONNECT_TIMEOUT_S, Signer, signed_post
+from yarl import URL
+
+SILENT_S = 10.0
+"""Nodes write a ping comment every 2 s: one that is silent for so long is dead."""
+MAX_ERROR_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+LIMITS = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENT_S)
+
+CLIENT_ERRORS = {
+    "invalid_request_error": 400,
+    "not_found_error": 404,
+}
+"""Error types of a node that are the client's fault, with their status."""
+
+
+class NodeCallError(PrfaasError):
+    """A call to a node failed. `reason`: a word for metrics and headers; `detail`: what the node said, if it did."""
+
+    reason = "node_failed"
+
+    def __init__(self, node: Node, message: str, detail: ErrorDetail | None = None, status: int = 503) -> None:
+        super().__init__(f"{node.role} node {node.name}: {message}")
+        self.node = node
+        self.detail = detail
+        self.status = status
+
+    @property
+    def is_clients_fault(self) -> bool:
+        """Another node would say the same."""
+        return self.detail is not None and self.detail.type in CLIENT_ERRORS
+
+
+class NodeUnreachableError(NodeCallError):
+    """No connection, or it broke, or nothing came for SILENT_S."""
+
+    reason = "unreachable"
+
+
+class NodeRefusedError(NodeCallError):
+    """It answered with an HTTP error before any work."""
+
+    reason = "refused"
+
+
+class NodeFailedError(NodeCallError):
+    """Its stream held an `error` event, or made no sense."""
+
+    reason = "failed"
+
+
+class NodeCall:
+    """An answered call (status 200): its stream, batch by batch."""
+
+    def __init__(self, node: Node, response: aiohttp.ClientResponse) -> None:
+        self.node = node
+        self._content = response.content
+        self._stream = NodeStream()
+        self._failure: Exception | None = None
+
+    async def read(self) -> Batch | None:
+        """What has come since; None at the end. Raises NodeUnreachableError, NodeFailedError, or what `fail` set."""
+        try:
+            data = await self._content.readany()
+            if self._failure is not None:
+                raise self._failure
+            if not data:
+                return None
+            batch = self._stream.feed(data)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise NodeUnreachableError(self.node, _words(error)) from error
+        except ProtocolError as error:
+            raise NodeFailedError(self.node, str(error)) from error
+        for name, event in batch.events:
+            if name == "error":
+                detail = _error_detail(event)
+                raise NodeFailedError(self.node, detail.message, detail)
+        return batch
+
+    def fail(self, error: Exception) -> None:
+        """Make the reader, who may be waiting, raise `error`."""
+        self._failure = error
+        self._content.set_exception(error)
+
+
+class Nodes:
+    """The shell that calls nodes."""
+
+    def __init__(self, session: aiohttp.ClientSession, signer: Signer) -> None:
+        self._session = session
+        self._signer = signer
+        self._urls: dict[tuple[URL, str], URL] = {}
+
+    @asynccontextmanager
+    async def call(self, node: Node, path: str, body: bytes, request_id: str) -> AsyncIterator[NodeCall]:
+        """Raises NodeUnreachableError, NodeRefusedError."""
+        try:
+            response = await signed_post(
+                self._session, self._url(node, path), body, self._signer, request_id=request_id, limits=LIMITS
+            )
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise NodeUnreachableError(node, _words(error)) from error
+        try:
+            if response.status != 200:
+                raise await _refusal(node, response)
+            yield NodeCall(node, response)
+        finally:
+            # Gives the connection back if the answer was read to its end, else closes it: the cancel.
+            response.close()
+
+    async def prefill(self, node: Node, call: PrefillCall) -> PrefillResult:
+        """Until prefill is done. Raises NodeCallError. Cancelling it stops the node's work."""
+        body = msgspec.json.encode(call)
+        result: PrefillResult | None = None
+        async with self.call(node, "/prefill", body, call.request_id) as stream:
+            # Read to its end: then the connection is used again, and the next call over the WAN saves a round trip.
+            while (batch := await stream.read()) is not None:
+                for name, data in batch.events:
+                    if name == "done":
+                        result = decode_event(node, data, PrefillResult)
+        if result is None:
+            raise NodeUnreachableError(node, "it ended its stream before it was done")
+        return result
+
+    def _url(self, node: Node, path: str) -> URL:
+        """Parsed once a node: yarl takes 10 µs to join."""
+        url = self._urls.get((node.url, path))
+        if url is None:
+            if len(self._urls) > 10_000:
+                self._urls.clear()
+            url = self._urls[node.url, path] = node.url.joinpath(path.lstrip("/"))
+        return url
+
+
+def decode_event(node: Node, data: bytes, kind: type[T]) -> T:
+    """Raises NodeFailedError."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise NodeFailedError(node, f"its answer is not understood: {error}") from error
+
+
+async def _refusal(node: Node, response: aiohttp.ClientResponse) -> NodeRefusedError:
+    data = b""
+    with suppress(aiohttp.ClientError, OSError, TimeoutError):
+        async with asyncio.timeout(SILENT_S):
+            data = await response.content.read(MAX_ERROR_BYTES)
+    detail = _error_detail(data)
+    return NodeRefusedError(node, f"status {response.status}: {detail.message}", detail, response.status)
+
+
+def _error_detail(data: bytes) -> ErrorDetail:
+    try:
+        return msgspec.json.decode(data, type=ErrorBody).error
+    except msgspec.DecodeError:
+        return ErrorDetail("the node gave no reason", "server_error")
+
+
+def _words(error: Exception) -> str:
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)

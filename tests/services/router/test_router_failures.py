@@ -1,0 +1,171 @@
+"""Nodes that aren't there, refuse, fail or fall silent: another way, or a clear error, never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import openai
+import pytest
+from prfaas.services.router import upstream
+
+CHAT: Any = {"model": "stub-model", "messages": [{"role": "user", "content": "Hi"}]}
+PATH = "/v1/chat/completions"
+
+
+async def read_events(response: Any) -> list[Any]:
+    """The data lines of a stream that was read to its end."""
+    lines = (await response.read()).split(b"\n\n")
+    return [msgspec.json.decode(line[6:]) for line in lines if line and line != b"data: [DONE]"]
+
+
+async def test_without_a_decode_node_the_answer_is_503(cluster: Any) -> None:
+    """With Retry-After and OpenAI's error body; a prefill node alone doesn't help."""
+    await cluster.add("p1", "prefill")
+    status, body, headers = await cluster.post(PATH, CHAT)
+    assert status == 503
+    assert int(headers["retry-after"]) >= 1
+    assert "decode" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prefill_that_fails_before_a_token_is_done_again_locally(
+    cluster: Any, scripts: Any, stream: bool
+) -> None:
+    """The decode call is cancelled, the request runs again with local_prefill, and the fallback is counted."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await (scripts.answer if call.local_prefill else scripts.ticket_then_hang)(node, call, out)
+
+    async def prefill(node: Any, call: Any, out: Any) -> None:
+        await out.error("the lanes died", code="lanes_lost")
+
+    await cluster.add("p1", "prefill", prefill=prefill)
+    node = await cluster.add("d1", decode=decode)
+    async with cluster.session.post(cluster.url + PATH, json=CHAT | {"stream": stream}) as response:
+        assert response.status == 200
+        assert response.headers["x-prfaas-reason"] == "prefill_failed"
+        assert "x-prfaas-prefill" not in response.headers
+        await response.read()
+    assert [call.local_prefill for call in node.calls] == [False, True]
+    await scripts.within(node.cancelled)
+    assert cluster.metric("prfaas_router_fallbacks_total", reason="prefill_failed") == 1
+
+
+async def test_a_prefill_node_that_is_gone_is_left_alone_until_it_beats_again(cluster: Any, scripts: Any) -> None:
+    """The first request finds out and falls back; the next doesn't try; after a heartbeat it is used again."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await (scripts.answer if call.local_prefill else scripts.ticket_then_hang)(node, call, out)
+
+    prefill = await cluster.add("p1", "prefill")
+    await cluster.add("d1", decode=decode)
+    await cluster.beat(prefill, url="http://127.0.0.1:1")
+    reasons = [(await cluster.post(PATH, CHAT))[2]["x-prfaas-reason"] for _ in range(2)]
+    assert reasons == ["prefill_failed", "no_prefill_node"]
+    assert cluster.metric("prfaas_router_fallbacks_total", reason="prefill_unreachable") == 1
+    await cluster.beat(prefill)
+    asking = asyncio.create_task(cluster.post(PATH, CHAT))
+    await scripts.within(prefill.called)
+    asking.cancel()
+
+
+async def test_a_decode_node_that_is_gone_is_replaced_by_another(cluster: Any, scripts: Any) -> None:
+    """Once; the client sees only the answer."""
+    gone = await cluster.add("d1")
+    await cluster.beat(gone, url="http://127.0.0.1:1")
+    await cluster.add("d2")
+    status, body, headers = await cluster.post(PATH, CHAT)
+    assert (status, headers["x-prfaas-decode"]) == (200, "d2")
+    assert body["choices"][0]["message"]["content"] == scripts.text
+    assert cluster.metric("prfaas_router_fallbacks_total", reason="decode_unreachable") == 1
+
+
+async def test_a_decode_node_that_refuses_is_replaced_or_503(cluster: Any) -> None:
+    """A draining node's 503 sends the request elsewhere; with nowhere to go the client is told to come back."""
+    refusal = (503, {"error": {"message": "draining", "type": "service_unavailable_error"}})
+    await cluster.add("d1", refuse=refusal)
+    status, _, headers = await cluster.post(PATH, CHAT)
+    assert status == 503
+    assert "retry-after" in headers
+
+
+async def test_a_mistake_that_the_node_finds_reaches_the_client_as_it_is(cluster: Any) -> None:
+    """400 with the node's own words, and no second attempt."""
+    detail = {"message": "max_tokens must be from 1 to 5", "type": "invalid_request_error", "param": "max_tokens"}
+    node = await cluster.add("d1", refuse=(400, {"error": detail}))
+    status, body, _ = await cluster.post(PATH, CHAT)
+    assert (status, body["error"]["param"]) == (400, "max_tokens")
+    assert len(node.calls) == 1
+
+
+async def test_a_stream_that_breaks_after_a_token_ends_in_an_error_event(cluster: Any, scripts: Any) -> None:
+    """No [DONE], no second attempt; the OpenAI client raises."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        await out.chunk([1], scripts.chunk(call, "Hello"))
+        await node.go.wait()
+        await out.error("the engine died")
+
+    node = await cluster.add("d1", decode=decode)
+    async with openai.AsyncOpenAI(base_url=cluster.url + "/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(**CHAT, stream=True)
+        chunks = aiter(stream)
+        assert (await anext(chunks)).choices[0].delta.content == "Hello"
+        node.go.set()
+        with pytest.raises(openai.APIError, match="broke off"):
+            await anext(chunks)
+    assert len(node.calls) == 1
+
+
+async def test_a_node_that_just_ends_its_stream_is_an_error_too(cluster: Any, scripts: Any) -> None:
+    """A stream without [DONE] is incomplete, however cleanly it was closed."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        await out.chunk([1], scripts.chunk(call, "Hello"))
+
+    await cluster.add("d1", decode=decode)
+    async with cluster.session.post(cluster.url + PATH, json=CHAT | {"stream": True}) as response:
+        events = await read_events(response)
+    assert events[-1]["error"]["code"] == "stream_broken"
+
+
+async def test_the_end_of_the_decode_stream_stops_prefill(cluster: Any, scripts: Any) -> None:
+    """However the decode call ends, the prefill call is closed."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        await scripts.within(prefill.called)
+        await scripts.words(call, out, 0.0)
+
+    prefill = await cluster.add("p1", "prefill", prefill=scripts.hang)
+    await cluster.add("d1", decode=decode)
+    status, _, _ = await cluster.post(PATH, CHAT)
+    assert status == 200
+    await scripts.within(prefill.cancelled)
+
+
+async def test_a_silent_node_is_dead(cluster: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing for longer than the limit, not even a ping: the client gets 503, not a hang."""
+    limits = upstream.aiohttp.ClientTimeout(total=None, sock_connect=1, sock_read=0.2)
+    monkeypatch.setattr(upstream, "LIMITS", limits)
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        await node.go.wait()
+
+    await cluster.add("d1", decode=decode)
+    status, _, _ = await cluster.post(PATH, CHAT)
+    assert status == 503
+
+
+async def test_a_request_ends_at_its_deadline(make_cluster: Any, scripts: Any) -> None:
+    """A node that pings for ever is cut off, and frees what it held."""
+    cluster = await make_cluster(request_timeout_s=0.3)
+    node = await cluster.add("d1", decode=scripts.ticket_then_hang)
+    status, body, _ = await cluster.post(PATH, CHAT)
+    assert (status, body["error"]["code"]) == (504, "timeout")
+    await scripts.within(node.cancelled)
