@@ -9,6 +9,7 @@ copy. An arena maps all its memory at start and hands out regions of it.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import mmap
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Allocator:
 
 @dataclass(slots=True)
 class Region:
-    """Part of an arena. `view` has just the bytes that were asked for; whoever holds the region owns them until `free`."""
+    """`view` has the bytes that were asked for. Whoever holds the region owns them until `free`."""
 
     offset: int
     view: memoryview
@@ -114,10 +115,8 @@ class Arena:
 def _touch(memory: mmap.mmap, total_bytes: int) -> None:
     """Make every page present: huge pages where the kernel gives them, populated in one call where it knows how."""
     populate_write = 23  # MADV_POPULATE_WRITE, Linux 5.14; not named in Python's mmap module
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without transparent huge pages: ordinary ones do
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except (AttributeError, OSError):
-        pass  # a kernel without transparent huge pages: ordinary ones do
     try:
         memory.madvise(populate_write)
     except OSError:

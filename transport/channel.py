@@ -101,10 +101,10 @@ class Channel:
             self._reason = str(error) or type(error).__name__
         self._ended = True
         self._lane = None
-        self._writing = None
         if not self.closed.done():
             self.closed.set_result(None)
             self.owner.lane_lost(self, self._reason)
+        self._writing = None
 
     # -- for the owner
 

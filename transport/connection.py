@@ -131,15 +131,10 @@ class LaneConnection:
             raise
 
     def redirect(self, transfer: int) -> None:
-        """The rest of a chunk of `transfer` that is being received goes to the sink; its memory is not touched again."""
+        """The rest of a chunk of `transfer` that is on its way goes to the sink; its memory is not touched again."""
         header = self._header
         if header is not None and header.type == FrameType.CHUNK and header.transfer == transfer:
             self._target = None
-
-    def receiving(self) -> FrameHeader | None:
-        """The CHUNK whose payload is on its way, if it goes to a destination."""
-        header = self._header
-        return header if header is not None and header.type == FrameType.CHUNK and self._target is not None else None
 
     def close(self) -> None:
         self.state = LaneState.CLOSED

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from prfaas.common.errors import PeerError, PeerRefusedError
+from prfaas.common.errors import PeerError, PeerRefusedError, ProtocolError
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
 from prfaas.transport.channel import Channel, Outgoing
@@ -43,7 +43,7 @@ class Greeting:
                 raise
             self.accepted.set_result(None)
         elif isinstance(event.body, Error):
-            self.accepted.set_exception(RefusedByPeer(event.body.code, event.body.detail))
+            self.accepted.set_exception(RefusedByPeerError(event.body.code, event.body.detail))
 
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         return None
@@ -60,7 +60,7 @@ class Greeting:
             self.accepted.exception()  # the dialling task may have been cancelled
 
 
-class RefusedByPeer(PeerRefusedError):
+class RefusedByPeerError(PeerRefusedError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail or code)
         self.code = code
@@ -110,7 +110,7 @@ class Dialler:
                     channel = await self._dial(index)
                 backoff_s = FIRST_BACKOFF_S
                 await asyncio.shield(channel.closed)
-            except RefusedByPeer as error:
+            except RefusedByPeerError as error:
                 problem = error
                 if error.code == "unknown_session":
                     self.session.close("the peer has restarted")
@@ -139,7 +139,7 @@ class Dialler:
         def accept(channel: Channel, answer: Hello) -> None:
             self._check(answer, hello)
             if session_id != session.id:
-                raise PeerRefusedError("the session ended while this lane was opened")
+                raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)
 
         greeting = Greeting(accept)

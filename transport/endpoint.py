@@ -9,8 +9,9 @@ import asyncio
 import ipaddress
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from prfaas.common.auth import NonceWindow
 from prfaas.common.config import TransportConfig, parse_address
@@ -192,11 +193,9 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
+        if addresses and (node in self._dialled or self._session_to(node) is None):
+            self.connect(node, addresses)
         session = self._session_to(node)
-        if session is None or not session.usable or addresses:
-            if addresses:
-                self.connect(node, addresses)
-            session = self._session_to(node)
         if session is None:
             raise TicketError(f"no session to {node} and no address to dial")
         return TransferSender(spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s)
@@ -223,8 +222,8 @@ class KvEndpoint:
         await dialler.aclose()
         dialler.session.close("no longer needed")
 
-    def _run(self, coroutine: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -290,8 +289,6 @@ class KvEndpoint:
 
     def _check_answer(self, answer: Hello, ours: Hello) -> None:
         self._check(answer, expect_answer_to=ours.nonce)
-        if self._config.codec not in answer.codecs:
-            raise PeerRefusedError(f"{answer.node} does not have codec {self._config.codec!r}")
 
     def _check(self, hello: Hello, expect_answer_to: str | None = None) -> None:
         check_hello(
@@ -303,6 +300,8 @@ class KvEndpoint:
             nonces=self._nonces,
             expect_answer_to=expect_answer_to,
         )
+        if self._config.codec not in hello.codecs:
+            raise PeerRefusedError(f"{hello.node} does not have codec {self._config.codec!r}")
         refusal = self._authorize(hello)
         if refusal:
             raise PeerRefusedError(refusal)

@@ -283,6 +283,6 @@ def parse_body(type: int, data: bytes | bytearray | memoryview) -> ControlBody:
     """Raises ProtocolError when the bytes are not what the type's Struct says."""
     frame_type = FrameType(type)
     try:
-        return _DECODERS[frame_type].decode(data)  # type: ignore[return-value]
+        return _DECODERS[frame_type].decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"{frame_type.name}: {error}") from None

@@ -69,8 +69,6 @@ def _check_mac(
     if not verify(secret, hello.mac, *_signed_parts(hello, expect_answer_to or "")):
         raise PeerRefusedError("HELLO is not signed with this cluster's secret; do both sides have the same?")
     if not abs(now_s - hello.time_s) <= skew_s:
-        raise PeerRefusedError(
-            f"HELLO is {now_s - hello.time_s:+.0f} s away from this clock; do both machines run NTP?"
-        )
+        raise PeerRefusedError(f"HELLO is {now_s - hello.time_s:+.0f} s off this clock; do both machines run NTP?")
     if not nonces.first_use(hello.nonce, now_s):
         raise PeerRefusedError("this HELLO was seen before (a replay)")

@@ -141,7 +141,8 @@ class TransferReceiver:
 
     def arrived(self, channel: Channel, chunk: FrameHeader, data: memoryview | None) -> None:
         """A CHUNK is here: in its place (raw), in a scratch buffer (encoded), or nowhere (a duplicate)."""
-        assert self._state is not None and self._session is not None
+        assert self._state is not None
+        assert self._session is not None
         self.report.wire_bytes += HEADER_BYTES + chunk.body_bytes
         if data is None:
             self._state.drained(chunk)
@@ -152,11 +153,6 @@ class TransferReceiver:
             self._checked(channel, chunk, checksum == chunk.checksum)
         else:
             self._decode(channel, chunk, data)
-
-    def lost_chunk(self, chunk: FrameHeader) -> None:
-        """The lane that was carrying it died."""
-        if self._state is not None:
-            self._state.lost(chunk)
 
     def finish_arrived(self, channel: Channel, timings: dict[str, float | list[float]]) -> None:
         if self._state is None:
@@ -205,11 +201,12 @@ class TransferReceiver:
             self._decoded.set_result(None)
 
     def _checked(self, channel: Channel, chunk: FrameHeader, good: bool) -> None:
-        assert self._state is not None and self._session is not None
+        assert self._state is not None
+        assert self._session is not None
         if not good:
             self.damaged_chunks += 1
             log.warning("kv chunk arrived damaged", request_id=self.spec.request_id, lane=channel.index)
-            self._session.metrics.checksum_failures.inc()
+            self._session.counters.checksum_failures.inc()
             try:
                 self._state.damaged(chunk)
             except ChecksumError as error:
@@ -227,7 +224,8 @@ class TransferReceiver:
             self._complete_if_all_here()
 
     def _credit(self, channel: Channel) -> None:
-        assert self._state is not None and self._session is not None
+        assert self._state is not None
+        assert self._session is not None
         granted = self._state.credit_due()
         if granted is not None:
             self._session.send(Credit(granted), self._number, FROM_RECEIVER, prefer=channel)

@@ -12,7 +12,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import cast
 
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import LaneLostError, PeerRefusedError, ProtocolError
@@ -56,6 +55,19 @@ log = get_logger("transport")
 Admit = Callable[["Session", int, Open], Opened]
 
 
+class Counters:
+    """The metrics that a session counts; those of each chunk with their labels looked up once."""
+
+    def __init__(self, metrics: TransportMetrics) -> None:
+        self.sent_raw, self.sent_wire = (metrics.sent_bytes.labels(form) for form in ("raw", "wire"))
+        self.received_raw, self.received_wire = (metrics.received_bytes.labels(form) for form in ("raw", "wire"))
+        self.checksum_failures = metrics.checksum_failures
+        self.lanes = metrics.lanes
+        self.lane_losses = metrics.lane_losses
+        self.refusals = metrics.refusals
+        self.transfers = metrics.transfers
+
+
 class Session:
     """`peer` is the other node's name. Owns its channels; a channel's events come in here."""
 
@@ -71,7 +83,7 @@ class Session:
     ) -> None:
         self.id = session_id
         self.peer = peer
-        self.metrics = metrics
+        self.counters = Counters(metrics)
         self.scratch = ScratchPool()
         self.refusal: PeerRefusedError | None = None
         """Why the peer refused the last HELLO; None once a lane is up."""
@@ -119,17 +131,17 @@ class Session:
 
     def add_channel(self, channel: Channel, index: int) -> None:
         """The lane's HELLO was good. It takes the place of an older lane of the same index, which is dead then."""
-        old = self._channels.get(index)
-        if old is not None:
-            old.abort("replaced by a new lane")
-            old.lost(None)
         channel.index = index
         channel.owner = self
         channel.connection.accept()
+        old = self._channels.get(index)
         self._channels[index] = channel
+        if old is not None:
+            old.abort("replaced by a new lane")
+            old.lost(None)
         self.refusal = None
         self._changed.set()
-        self.metrics.lanes.inc()
+        self.counters.lanes.inc()
         self._ping(channel)
         if self._tick_timer is None:
             self._tick_timer = self._loop.call_later(self._tick_s(), self._tick)
@@ -138,16 +150,13 @@ class Session:
     def lane_lost(self, channel: Channel, reason: str) -> None:
         if self._channels.get(channel.index) is channel:
             del self._channels[channel.index]
-        self.metrics.lanes.dec()
-        self.metrics.lane_losses.labels("closed" if not self.idle else "idle").inc()
-        receiving = channel.connection.receiving()
+        self.counters.lanes.dec()
+        self.counters.lane_losses.labels("idle" if self.idle else "with_transfers").inc()
         writing = channel.writing
         if writing is not None:
             writing.sender.end_read()
         for sender in list(self._senders.values()):
             sender.lane_lost(channel, reason)
-        if receiving is not None and (receiver := self._receivers.get(receiving.transfer)) is not None:
-            receiver.lost_chunk(receiving)
         other = self.any_channel()
         if other is not None:
             for receiver in self._receivers.values():
@@ -233,9 +242,8 @@ class Session:
         if self._senders.pop(sender.number, None) is None:
             return
         self._turns.remove(sender)
-        for outgoing in [o for o in self._encoded if o.sender is sender]:
-            self._encoded.remove(outgoing)
-        self.metrics.transfers.labels("sent", "failed" if sender.failed else "completed").inc()
+        self._encoded = deque(outgoing for outgoing in self._encoded if outgoing.sender is not sender)
+        self.counters.transfers.labels("sent", "failed" if sender.failed else "completed").inc()
 
     def add_receiver(self, number: int, receiver: TransferReceiver) -> None:
         self._receivers[number] = receiver
@@ -263,8 +271,8 @@ class Session:
     def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
         outgoing.sender.end_read()
         outgoing.sender.chunk_sent(outgoing)
-        self.metrics.sent_bytes.labels("raw").inc(len(outgoing.cut.data))
-        self.metrics.sent_bytes.labels("wire").inc(len(outgoing.header) + len(outgoing.payload))
+        self.counters.sent_raw.inc(len(outgoing.cut.data))
+        self.counters.sent_wire.inc(len(outgoing.header) + len(outgoing.payload))
 
     def _next_cut(self) -> tuple[TransferSender, Cut] | None:
         """Transfers take turns, a chunk each."""
@@ -332,8 +340,8 @@ class Session:
                 receiver.arrived(channel, header, event.data)
             elif event.data is not None and header.codec != RAW:
                 self.scratch.give_back(event.data)
-            self.metrics.received_bytes.labels("raw").inc(header.raw_bytes)
-            self.metrics.received_bytes.labels("wire").inc(header.body_bytes)
+            self.counters.received_raw.inc(header.raw_bytes)
+            self.counters.received_wire.inc(header.body_bytes)
         else:
             self._control(channel, event)
 
@@ -387,7 +395,7 @@ class Session:
         else:
             answer = self._admit(self, number, body)
         if answer.refused:
-            self.metrics.refusals.labels("open").inc()
+            self.counters.refusals.labels("open").inc()
             log.warning("kv transfer refused", peer=self.peer, reason=answer.refused)
         channel.send(answer, number, FROM_RECEIVER)
 
@@ -419,7 +427,7 @@ def encode_chunk(codec: Codec, cut: Cut, dtype: str, transfer: int) -> tuple[byt
     """In a thread: (header, payload). A chunk that doesn't shrink goes raw, from the engine's memory."""
     checksum = chunk_checksum(cut.data, *cut.place)
     wire = codec.encode(cut.data, dtype)
-    payload = cut.data if wire is None else memoryview(cast(bytes, wire))
+    payload = cut.data if wire is None else memoryview(wire)
     number = RAW if wire is None else codec.number
     header = encode_chunk_header(transfer, cut.sequence, cut.place, len(cut.data), len(payload), number, checksum)
     return header, payload

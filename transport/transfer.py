@@ -220,7 +220,7 @@ class ByteRanges:
 
 
 class ReceivingTransfer:
-    """place → (bytes come) → arrived. A range is claimed from `place` on, so that two lanes never write the same one."""
+    """place → (bytes come) → arrived. A range is claimed from `place` on: no two lanes ever write the same one."""
 
     def __init__(self, layout: KvLayout, spec: TransferSpec, window_bytes: int) -> None:
         self._extents = extents(layout, spec)
@@ -292,10 +292,6 @@ class ReceivingTransfer:
     def drained(self, chunk: FrameHeader) -> None:
         """A duplicate's bytes went to the sink."""
         self._consumed_bytes += chunk.raw_bytes
-
-    def lost(self, chunk: FrameHeader) -> None:
-        """A NEW chunk will not come: its lane died in the middle of it."""
-        self._release(chunk)
 
     def _release(self, chunk: FrameHeader) -> None:
         key = (chunk.layer, chunk.tensor, chunk.row)

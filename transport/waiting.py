@@ -6,7 +6,7 @@ import asyncio
 
 
 async def finish_despite_cancel(future: asyncio.Future[None]) -> None:
-    """Wait until `future` is done even when the caller is cancelled meanwhile; the cancellation is raised afterwards."""
+    """Wait until `future` is done even when the caller is cancelled meanwhile; that cancellation is raised last."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:

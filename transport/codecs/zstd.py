@@ -16,7 +16,7 @@ class ZstdCodec:
 
     def encode(self, data: memoryview, dtype: str) -> bytes | None:
         # (De)compressor objects are not thread-safe and cheap beside a chunk.
-        wire = zstandard.ZstdCompressor(level=LEVEL).compress(to_planes(data, dtype))
+        wire = zstandard.ZstdCompressor(level=LEVEL).compress(to_planes(data, dtype).data)
         return wire if len(wire) < len(data) else None
 
     def decode(self, wire: memoryview, out: memoryview, dtype: str) -> None:
