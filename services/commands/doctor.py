@@ -82,8 +82,8 @@ def _show(findings: Sequence[Finding]) -> None:
 
 def check_python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Finding("python", "fail", f"Python {version}", "use Python 3.11 or newer")
+    if sys.version_info >= (3, 14):
+        return Finding("python", "warn", f"Python {version}, newer than what was tested", "use Python 3.11 to 3.13")
     return Finding("python", "ok", f"Python {version} at {sys.executable}")
 
 

@@ -30,6 +30,8 @@ from rich.console import Console
 EXIT_TERMINATED = 128 + signal.SIGTERM
 WARM_PROMPT = "Say hello."
 WARM_TOKENS = 4
+# The baselines are asked for the times of the first two tokens only.
+BASELINE_TOKENS = 4
 # Room for prompts of some 20,000 tokens of the demo's model, in each of the two nodes.
 SETTINGS = {"PRFAAS_ENGINE_ARENA_BYTES": "512M"}
 
@@ -132,9 +134,9 @@ class _Demo:
         given, console = self.given, self.console
         self._warm_up()
         link = f"{given.rate_mbit:g} Mbit/s, {given.delay_ms:g} ms one way"
-        console.print(f"{self.model}, prefill in another region behind {link}", style="dim")
+        console.print(f"{self.model}, prefill in another region behind {link}", style="dim", soft_wrap=True)
         console.print(f"{given.question}\n", style="bold")
-        run = self._ask(stream=not given.json)
+        run = self._ask(given.max_tokens, stream=not given.json)
         show.show_layers(console, run)
         show.show_figures(console, run, given.rate_mbit, given.delay_ms)
         baselines = {} if given.no_baselines else self._baselines()
@@ -165,18 +167,18 @@ class _Demo:
 
     def _ask_again(self) -> Run:
         self._settle()
-        return self._ask(stream=False)
+        return self._ask(BASELINE_TOKENS, stream=False)
 
     def _settle(self) -> None:
         self.cluster.wait_ready()
         self._warm_up()
 
-    def _ask(self, *, stream: bool) -> Run:
+    def _ask(self, max_tokens: int, *, stream: bool) -> Run:
         def on_text(text: str) -> None:
             if stream:
                 self.console.print(text, end="", markup=False, soft_wrap=True)
 
-        answer = ask(self.port, self.model, self.prompt, self.given.max_tokens, on_text)
+        answer = ask(self.port, self.model, self.prompt, max_tokens, on_text)
         if stream:
             self.console.print()
         run = self._run_of(answer)

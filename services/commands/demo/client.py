@@ -61,24 +61,25 @@ def _read_stream(response: http.client.HTTPResponse, sent_s: float, on_text: Cal
     pieces: list[str] = []
     times_s: list[float] = []
     usage: dict[str, int] = {}
-    failed = False
+    complete = False
     for line in response:
         now_s = time.monotonic() - sent_s
-        if line.startswith(b"event: error"):
-            failed = True
-        if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+        if not line.startswith(b"data: "):
             continue
-        if failed:
-            raise SetupError(f"the stream broke: {_error_text(line[6:])}")
+        if line.strip() == b"data: [DONE]":
+            complete = True
+            continue
         event: dict[str, Any] = json.loads(line[6:])
+        if "error" in event:
+            raise SetupError(f"the router ended the stream: {_error_text(line[6:])}")
         usage = event.get("usage") or usage
         text = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
         if text:
             pieces.append(text)
             times_s.append(now_s)
             on_text(text)
-    if not times_s:
-        raise SetupError("the answer has no text")
+    if not complete or not times_s:
+        raise SetupError("the answer has no text" if complete else "the stream ended before the answer was complete")
     return Answer(
         request_id=response.headers.get("x-request-id", ""),
         text="".join(pieces),

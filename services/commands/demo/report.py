@@ -117,11 +117,16 @@ ON_THE_WAY = "─"
 EMPTY = "·"
 
 
+def axis(run: Run) -> tuple[float, float]:
+    """From when the first layer was complete to the first token: what is before is prefill without an event."""
+    return min((s for s in run.computed_s if s is not None), default=run.started_s), run.ttft_s
+
+
 def draw_layers(run: Run, width: int) -> list[Bar]:
     """A line a layer: a dot is waiting, a rule is from computed to arrived, a letter is an event (the later one where
-    two fall into one cell). The axis runs from prefill's start to the first token."""
-    start_s = run.started_s
-    span_s = max(run.ttft_s - start_s, 1e-9)
+    two fall into one cell). The axis is `axis(run)`."""
+    start_s, end_s = axis(run)
+    span_s = max(end_s - start_s, 1e-9)
 
     def cell(at_s: float) -> int:
         return min(width - 1, max(0, int((at_s - start_s) / span_s * width)))

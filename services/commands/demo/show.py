@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prfaas.services.commands.demo.report import (
     MARKS,
     Run,
+    axis,
     draw_layers,
     megabytes,
     milliseconds,
@@ -43,7 +44,8 @@ def show_layers(console: Console, run: Run) -> None:
         for character in bar.cells:
             line.append(character, STYLES.get(character, "dim"))
         console.print(line, no_wrap=True, overflow="crop")
-    left, right = f"{milliseconds(run.started_s)} (prefill starts)", f"{milliseconds(run.ttft_s)} (first token)"
+    start_s, end_s = axis(run)
+    left, right = f"{milliseconds(start_s)} (first layer computed)", f"{milliseconds(end_s)} (first token)"
     console.print(f"          {left}{right:>{max(1, width - len(left))}}")
     console.print(f"          clocks of the nodes aligned within ±{run.clock_error_s * 1e3:.1f} ms", style="dim")
 

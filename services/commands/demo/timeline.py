@@ -32,7 +32,7 @@ def read_run(answer: Answer, timeline: Mapping[str, Any]) -> Run | None:
 
     return Run(
         text=answer.text,
-        token_ids=list(timeline["output_token_ids"]),
+        token_ids=list(timeline.get("output_token_ids", ())),
         prompt_tokens=timeline["prompt_tokens"],
         ttft_s=answer.ttft_s,
         time_to_second_token_s=answer.time_to_second_token_s,
