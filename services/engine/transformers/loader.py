@@ -17,6 +17,7 @@ from prfaas.services.engine.transformers import attention
 from prfaas.services.engine.transformers.families import LayerwiseModel, family_of
 from prfaas.services.engine.transformers.kv_memory import LAYOUT_DTYPES, TORCH_DTYPES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -48,6 +49,7 @@ def load(config: EngineConfig) -> LoadedModel:
     if not weights:
         raise ConfigError([f"engine.model = {config.model!r}: no *.safetensors file in it"])
     dtype = _dtype(config, model_config)
+    transformers_logging.disable_progress_bar()  # a service's stderr is its log
     # transformers' own attention first: the layout is read off what its cache holds.
     causal_lm = AutoModelForCausalLM.from_pretrained(
         directory, dtype=_compute_dtype(dtype), use_safetensors=True, attn_implementation="sdpa"

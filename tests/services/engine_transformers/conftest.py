@@ -119,12 +119,12 @@ class Loopback:
                 self.failed = TransferCancelledError(reason)
 
 
-def transfer_spec(engine: TransformersEngine, tokens: int, max_output_tokens: int, **changes: Any) -> TransferSpec:
+def transfer_spec(engine: TransformersEngine, n: int, max_output_tokens: int, **changes: Any) -> TransferSpec:
     fields: dict[str, Any] = {
         "transfer_id": "0" * 32,
         "request_id": "r",
-        "tokens": TokenRange(0, tokens - 1),
-        "prompt_tokens": tokens,
+        "tokens": TokenRange(0, n - 1),
+        "prompt_tokens": n,
         "max_output_tokens": max_output_tokens,
         "model_fingerprint": engine.info.model_fingerprint,
         "layout_hash": engine.info.layout.layout_hash,

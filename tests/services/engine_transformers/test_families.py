@@ -1,4 +1,4 @@
-"""Every verified model type gives `generate`'s tokens through prefill engine, transfer and decode engine, in float32."""
+"""Every verified model type gives `generate`'s tokens through prefill engine, transfer and decode engine (float32)."""
 
 from __future__ import annotations
 

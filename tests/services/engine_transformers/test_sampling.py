@@ -66,7 +66,7 @@ def test_top_p_zero_is_greedy() -> None:
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
-    """The same token alone, in any batch, and when the stream goes on elsewhere; another position or seed draws anew."""
+    """The same token alone, in any batch, and when the stream goes on elsewhere; another position or seed: anew."""
     values = np.repeat(logits(1), 8, axis=0)
     alone = [sample(values[:1], [draw(position, temperature=1)])[0] for position in range(8)]
     assert sample(values, [draw(position, temperature=1) for position in range(8)]) == alone

@@ -19,8 +19,8 @@ MIB = 1 << 20
 TEXT = (
     "The canal had been dug in the dry years, when labour was cheap and water was not. Every morning the keeper walked "
     "its length with a lantern, counting the gates: one at the mill, two at the orchard, and the great one by the sea. "
-    "Nobody had asked him to count them. In his notebook he wrote the height of the water, the direction of the wind, and "
-    "sometimes a line about the heron that fished below the third lock. "
+    "Nobody had asked him to count them. In his notebook he wrote the height of the water, the direction of the wind, "
+    "and sometimes a line about the heron that fished below the third lock. "
 )
 
 
