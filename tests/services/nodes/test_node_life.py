@@ -138,10 +138,9 @@ async def test_heartbeats_tell_load_role_and_clocks(cluster: Any, router: Any, m
     stream.response.close()
 
 
-async def test_a_draining_node_ends_what_it_has_and_takes_nothing_new(
-    cluster: Any, router: Any, make_call: Any
-) -> None:
-    node = await cluster.node("decode", **SLOW)
+async def test_a_draining_node_takes_nothing_new(cluster: Any, router: Any, make_call: Any) -> None:
+    """It tells the routers at once, refuses with Retry-After, is not ready; what runs ends as if nothing were."""
+    node = await cluster.node("decode", node={"heartbeat_s": 30.0}, **SLOW)
     stream, _ = await cluster.decode(node, make_call(b"last", max_output_tokens=20, local_prefill=True))
     draining = asyncio.create_task(node.drain(10))
     await router.saw(lambda b: b.draining)
