@@ -51,8 +51,10 @@ class Desk:
 def check_tokens(token_ids: Sequence[int], vocabulary: int, param: str) -> RequestError | None:
     """Whether all ids are in the vocabulary, at numpy's speed: a prompt may have 100,000."""
     try:
-        ids = np.asarray(token_ids, dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
+        ids = np.asarray(token_ids)
+    except ValueError:  # nested lists of different lengths
+        return RequestError(f"{param} must be token ids", param=param)
+    if ids.dtype.kind not in "iu" or ids.ndim != 1:
         return RequestError(f"{param} must be token ids", param=param)
     wrong = (ids < 0) | (ids >= vocabulary)
     if wrong.any():
@@ -180,7 +182,12 @@ class PrefillLife:
             self._desk.line.advance()
 
     async def _step_aside(self) -> None:
-        """Let others have the slot and the memory. Nothing has left yet: OPEN comes before the first piece."""
+        """Let others have the slot and the memory. Nothing has left yet: OPEN comes before the first piece.
+
+        A short prompt may have been computed while OPEN was on its way: it holds no slot any more, and keeps its KV.
+        """
+        if self._draining is not None:
+            return
         self.aside = True
         if self._job is not None:
             job, self._job = self._job, None
@@ -198,6 +205,8 @@ class PrefillLife:
             self.stream.push(PrefillProgress(max(0, self._job.computed_tokens - self._start)))
 
     def _computed(self, error: Exception | None) -> None:
+        if self._job is None:  # it has stepped aside meanwhile
+            return
         self._desk.line.leave(self)
         if error is not None:
             self._fail(error)
