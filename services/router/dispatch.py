@@ -208,16 +208,17 @@ class Dispatcher:
         self.metrics.decisions.labels(attempt.reason).inc()
         body = self._decode_body(job, attempt)
         prefill: asyncio.Task[PrefillResult] | None = None
-        with ExitStack() as counted:
-            counted.enter_context(self.registry.dispatched(attempt.decode, job.prompt.tokens))
+        with self.registry.dispatched(attempt.decode, job.prompt.tokens), ExitStack() as prefilling:
             if attempt.prefill is not None:
-                counted.enter_context(self.registry.dispatched(attempt.prefill, job.prompt.tokens))
+                prefilling.enter_context(self.registry.dispatched(attempt.prefill, job.prompt.tokens))
             try:
                 async with self.nodes.call(attempt.decode, "/decode", body, job.request_id) as call:
                     ticket, batch = await _read_ticket(call)
                     if attempt.prefill is not None and ticket.ticket:
                         progress.instants.ticket_s = self.now_s()
                         prefill = self._start_prefill(job, attempt, ticket, call, progress)
+                        # From its end on, the request is no load on the prefill node.
+                        prefill.add_done_callback(lambda _: prefilling.close())
                     if job.request.stream:
                         return await self._relay(http, job, progress, attempt, call, batch)
                     return await self._collect(job, progress, attempt, call, batch)
