@@ -1,0 +1,277 @@
+"""What the conformance suite builds on: two endpoints over a backend, layouts with every kind of KV, random content,
+and a backend whose received bytes can be damaged or held up."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from prfaas.common.config import TransportConfig
+from prfaas.common.kv_layout import WHOLE, KvLayout, LayerLayout, Shard, TensorKind, TensorLayout, TokenRange
+from prfaas.transport.api import KvPiece, KvReceiver, KvSender, TransferSpec
+from prfaas.transport.endpoint import KvEndpoint
+from prfaas.transport.frames import HEADER, FrameHeader, FrameType
+from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
+from prfaas.transport.transfer import extents
+
+FINGERPRINT = "f" * 32
+SECRET = b"a secret of the test cluster"
+SOON_S = 10.0
+"""How long anything that must happen may take; nothing waits so long when it works."""
+
+
+def dense(layers: int = 4, heads: int = 2, dtype: str = "bfloat16") -> KvLayout:
+    kv = (TensorLayout(TensorKind.KEY, dtype, heads, (64,)), TensorLayout(TensorKind.VALUE, dtype, heads, (64,)))
+    return KvLayout((LayerLayout(kv),) * layers)
+
+
+def hybrid() -> KvLayout:
+    """Every kind: full and sliding attention, a latent, states, and a layer that keeps nothing."""
+    full = dense(1).layers[0]
+    window = LayerLayout(tuple(dataclasses.replace(t, window_tokens=50) for t in full.tensors))
+    state = LayerLayout(
+        (
+            TensorLayout(TensorKind.CONV, "bfloat16", 1, (96, 3)),
+            TensorLayout(TensorKind.RECURRENT, "float32", 1, (4, 16, 33)),
+        )
+    )
+    latent = LayerLayout((TensorLayout(TensorKind.LATENT, "float16", 1, (72,)),))
+    return KvLayout((full, window, LayerLayout(()), state, latent, full))
+
+
+class Destination:
+    """One bytearray a row, filled with a pattern that no test content has by chance."""
+
+    def __init__(self, layout: KvLayout, spec: TransferSpec) -> None:
+        self.rows = {
+            (layer, tensor, row): bytearray(b"\xa5" * extent.row_bytes)
+            for layer, tensors in enumerate(extents(layout, spec))
+            for tensor, extent in enumerate(tensors)
+            for row in range(extent.rows)
+        }
+
+    def row(self, layer: int, tensor: int, row: int) -> memoryview:
+        return memoryview(self.rows[layer, tensor, row])
+
+
+def content(layout: KvLayout, spec: TransferSpec, seed: int = 0) -> dict[tuple[int, int, int], bytes]:
+    """Half random, half repeating, so that some chunks shrink and some don't."""
+    rng = random.Random(seed)
+    made = {}
+    for layer, tensors in enumerate(extents(layout, spec)):
+        for tensor, extent in enumerate(tensors):
+            for row in range(extent.rows):
+                made[layer, tensor, row] = (
+                    rng.randbytes(extent.row_bytes)
+                    if (layer + row) % 2
+                    else (rng.randbytes(64) * (extent.row_bytes // 64 + 1))[: extent.row_bytes]
+                )
+    return made
+
+
+def spec_of(
+    layout: KvLayout, tokens: tuple[int, int] = (0, 700), shard: Shard = WHOLE, fingerprint: str = FINGERPRINT
+) -> TransferSpec:
+    return TransferSpec(
+        transfer_id=secrets.token_hex(16),
+        request_id="request",
+        tokens=TokenRange(*tokens),
+        prompt_tokens=tokens[1] + 1,
+        max_output_tokens=16,
+        model_fingerprint=fingerprint,
+        layout_hash=layout.layout_hash,
+        shard=shard,
+    )
+
+
+@dataclass
+class Transfer:
+    """One transfer with both its halves and what they were given."""
+
+    layout: KvLayout
+    spec: TransferSpec
+    ticket: str
+    receiver: KvReceiver
+    source: dict[tuple[int, int, int], bytes]
+    sender: KvSender | None = None
+    destination: Destination | None = None
+    layers: list[int] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    room: bool = True
+    layer_event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def reserve(self, spec: TransferSpec) -> Destination | None:
+        if not self.room:
+            return None
+        self.destination = Destination(self.layout, spec)
+        return self.destination
+
+    def on_layer(self, layer: int) -> None:
+        self.layers.append(layer)
+        self.layer_event.set()
+
+    async def until_layer(self, layer: int) -> None:
+        async with asyncio.timeout(SOON_S):
+            while layer not in self.layers:
+                self.layer_event.clear()
+                await self.layer_event.wait()
+
+    def pieces(self, layer: int, step_bytes: int | None = None) -> list[KvPiece]:
+        return [
+            KvPiece(at, tensor, row, offset, memoryview(data)[offset : offset + (step_bytes or len(data))])
+            for (at, tensor, row), data in self.source.items()
+            if at == layer
+            for offset in range(0, len(data), step_bytes or len(data))
+        ]
+
+    def put_all(self) -> None:
+        assert self.sender is not None
+        for layer in range(len(self.layout.layers)):
+            self.sender.put(self.pieces(layer))
+        self.sender.finish({"ended_s": 1.0})
+
+    async def complete(self) -> None:
+        """Wait for both sides, compare every byte, close both."""
+        assert self.sender is not None
+        async with asyncio.timeout(SOON_S):
+            await self.sender.done()
+            await self.receiver.finished()
+        assert self.destination is not None
+        assert self.destination.rows == self.source
+        assert sorted(self.layers) == list(range(len(self.layout.layers)))
+        assert self.errors == []
+        await self.sender.aclose()
+        await self.receiver.aclose()
+
+
+@dataclass
+class Pair:
+    """Two endpoints, `near` (prefill) dials `far` (decode)."""
+
+    near: KvEndpoint
+    far: KvEndpoint
+    layout: KvLayout
+
+    def offer(
+        self, spec: TransferSpec, *, seed: int = 0, sender: KvEndpoint | None = None, room: bool = True
+    ) -> Transfer:
+        sending = sender or self.near
+        receiving = self.far if sending is self.near else self.near
+        ticket, receiver = receiving.receiver(spec)
+        transfer = Transfer(self.layout, spec, ticket, receiver, content(self.layout, spec, seed), room=room)
+        receiver.bind(transfer.reserve, transfer.on_layer, transfer.errors.append)
+        transfer.sender = sending.sender(ticket, receiving.node, receiving.addresses)
+        return transfer
+
+    async def send(self, spec: TransferSpec | None = None, *, seed: int = 0) -> Transfer:
+        """A whole transfer from near to far, checked."""
+        transfer = self.offer(spec or spec_of(self.layout), seed=seed)
+        assert transfer.sender is not None
+        await transfer.sender.open()
+        transfer.put_all()
+        await transfer.complete()
+        return transfer
+
+
+@asynccontextmanager
+async def pair(backend: Callable[[TransportConfig], Backend], layout: KvLayout | None = None, **settings: object):
+    layout = layout or hybrid()
+    config = TransportConfig(**{"lanes": 3, "chunk_bytes": 8192, "credit_bytes": 65536, **settings})  # type: ignore[arg-type]
+    made = backend(config)
+
+    def endpoint(node: str) -> KvEndpoint:
+        return KvEndpoint(
+            config, node=node, layout=layout, model_fingerprint=FINGERPRINT, secret=SECRET, backend=made
+        )
+
+    near, far = endpoint("near"), endpoint("far")
+    await near.start()
+    await far.start()
+    near.connect("far", far.addresses)
+    try:
+        yield Pair(near, far, layout)
+    finally:
+        async with asyncio.timeout(SOON_S):
+            await near.aclose()
+            await far.aclose()
+
+
+# -- a network that misbehaves ----------------------------------------------------------------------------------------
+
+
+class FaultyBackend:
+    """Around any backend. `damage(header) -> bool` sees each CHUNK header that arrives; True flips a bit of its
+    payload. While `held` is set, every lane loses what it would deliver *after* the header of a CHUNK: see `hold`."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.damage: Callable[[FrameHeader], bool] = lambda _header: False
+        self.on_chunk: Callable[[FrameHeader], None] = lambda _header: None
+        self.lanes: list[FaultyHandler] = []
+
+    async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        return await self.inner.listen(host, port, lambda: self._wrap(handler()))
+
+    async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
+        await self.inner.dial(host, port, self._wrap(handler))
+
+    def _wrap(self, handler: LaneHandler) -> FaultyHandler:
+        wrapped = FaultyHandler(self, handler)
+        self.lanes.append(wrapped)
+        return wrapped
+
+
+class FaultyHandler:
+    """Follows the frames as they arrive, by the buffers that the real handler hands out."""
+
+    def __init__(self, faults: FaultyBackend, inner: LaneHandler) -> None:
+        self._faults = faults
+        self._inner = inner
+        self._header = bytearray()
+        self._body_left = 0
+        self._damage = False
+        self._buffer = memoryview(b"")
+        self.lane = None
+        self.received_chunks = 0
+
+    def connected(self, lane) -> None:  # type: ignore[no-untyped-def]
+        self.lane = lane
+        self._inner.connected(lane)
+
+    def next_buffer(self) -> memoryview:
+        self._buffer = self._inner.next_buffer()
+        return self._buffer
+
+    def advance(self, received_bytes: int) -> None:
+        data = self._buffer[:received_bytes]
+        if self._body_left:
+            if self._damage:
+                data[0] ^= 1
+                self._damage = False
+            self._body_left -= received_bytes
+        else:
+            self._header += data
+            if len(self._header) == HEADER.size:
+                header = FrameHeader._make(HEADER.unpack(self._header))
+                self._header.clear()
+                self._body_left = header.body_bytes
+                if header.type == FrameType.CHUNK:
+                    self.received_chunks += 1
+                    self._damage = self._faults.damage(header)
+                    self._faults.on_chunk(header)
+        self._inner.advance(received_bytes)
+
+    def writable(self) -> None:
+        self._inner.writable()
+
+    def lost(self, error: Exception | None) -> None:
+        self._inner.lost(error)
+
+
+def layer_order(headers: Sequence[FrameHeader]) -> list[int]:
+    return [h.layer for h in headers]
