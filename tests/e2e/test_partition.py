@@ -121,7 +121,7 @@ def test_blackholed_router_loses_its_leases(network: Network, tmp_path: Path) ->
                 stdout=options.get("stdout", log),
                 text=True,  # type: ignore[call-overload]
             )
-            running.callback(process.wait)
+            running.enter_context(process)  # waits and closes its pipes
             running.callback(process.kill)
             return process
 
