@@ -76,7 +76,7 @@ def find_model(name: str) -> Path | None:
         directory = cache_folder() / PACKAGED[name].directory
         return directory if directory.is_dir() else None
     path = Path(name).expanduser()
-    return path if path.is_dir() else None
+    return path if name and path.is_dir() else None
 
 
 def ensure_model(name: str, progress: Progress = _silent) -> Path:
