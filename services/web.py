@@ -51,6 +51,11 @@ REQUEST_ID_HEADER = "x-request-id"
 LARGE_BODY_BYTES = 64 * 1024
 """Bodies from here on are hashed, parsed and encoded in a thread: 64 KiB of JSON take about 0.3 ms."""
 
+BODY_TIMEOUT_S = 60.0
+"""A client may take so long to send its body; while it does, what has come is kept."""
+SLICE_BYTES = 256 * 1024
+"""Larger bodies are sent in pieces of this size, so that other streams get their turn between them."""
+
 DEAD_PEER_S = 10.0
 """TCP_USER_TIMEOUT of every connection: unacknowledged data for so long means that the peer is gone."""
 CONNECT_TIMEOUT_S = 3.0
@@ -292,9 +297,12 @@ async def read_body(request: web.Request) -> bytes:
     if request.content_length is not None and request.content_length > limit:
         raise too_large
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
+    except TimeoutError:
+        raise RequestError(f"the body did not come within {BODY_TIMEOUT_S:g} s", code="body_timeout") from None
 
 
 async def in_thread_if(large: bool, executor: Executor | None, function: Callable[..., T], *args: Any) -> T:
@@ -413,4 +421,13 @@ async def signed_post(
     headers["content-type"] = "application/json"
     if request_id is not None:
         headers[REQUEST_ID_HEADER] = request_id
-    return await session.post(url, data=body, headers=headers, allow_redirects=False, timeout=limits or session.timeout)
+    data: bytes | AsyncIterator[bytes] = body
+    if len(body) > SLICE_BYTES:
+        headers["content-length"] = str(len(body))
+        data = _slices(body)
+    return await session.post(url, data=data, headers=headers, allow_redirects=False, timeout=limits or session.timeout)
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), SLICE_BYTES):
+        yield body[start : start + SLICE_BYTES]

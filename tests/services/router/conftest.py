@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import io
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -249,7 +250,7 @@ class Cluster:
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
         """Status, parsed JSON, headers. `body`: JSON-able, or bytes as they are."""
         data = body if isinstance(body, bytes) else encode(body)
-        async with self.session.post(self.url + path, data=data, headers=headers) as response:
+        async with self.session.post(self.url + path, data=io.BytesIO(data), headers=headers) as response:
             return response.status, msgspec.json.decode(await response.read()), response.headers
 
     async def get(self, path: str, **headers: str) -> tuple[int, Any]:

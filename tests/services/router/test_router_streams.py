@@ -128,3 +128,21 @@ async def test_models_are_listed(cluster: Any, scripts: Any, client: openai.Asyn
     assert (await client.models.retrieve(scripts.model)).id == scripts.model
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("other/model")
+
+
+async def test_a_very_long_prompt_goes_through(make_cluster: Any, scripts: Any) -> None:
+    """400,000 ids, in several slices and off the loop, reach both nodes whole."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        await scripts.within(prefill.called)
+        await scripts.words(call, out, 0.0)
+
+    cluster = await make_cluster(max_body_bytes=16 << 20)
+    prefill = await cluster.add("p1", "prefill", max_model_tokens=1 << 20)
+    node = await cluster.add("d1", decode=decode, max_model_tokens=1 << 20)
+    ids = [i % 200 for i in range(400_000)]
+    status, _, _ = await cluster.post("/v1/completions", {"model": scripts.model, "prompt": ids})
+    assert status == 200
+    assert node.calls[0].prompt_token_ids == ids
+    assert prefill.calls[0].prompt_token_ids == ids
