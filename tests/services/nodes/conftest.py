@@ -191,7 +191,9 @@ class Cluster:
 
     async def post(self, node_url: str, path: str, body: Any) -> Stream:
         async with asyncio.timeout(WAIT_S):
-            return Stream(await signed_post(self.session, URL(node_url) / path, to_json(body), self.signer))
+            response = await signed_post(self.session, URL(node_url) / path, to_json(body), self.signer)
+        self._stack.callback(response.close)  # before the nodes go: a test may leave its stream unread
+        return Stream(response)
 
     async def decode(self, node: Node, call: DecodeCall) -> tuple[Stream, TicketEvent]:
         stream = await self.post(node.url, "decode", call)
