@@ -193,12 +193,13 @@ async def pair(backend: Callable[[TransportConfig], Backend], layout: KvLayout |
     await near.start()
     await far.start()
     near.connect("far", far.addresses)
+    both = Pair(near, far, layout)
     try:
-        yield Pair(near, far, layout)
+        yield both
     finally:
         async with asyncio.timeout(SOON_S):
-            await near.aclose()
-            await far.aclose()
+            await both.near.aclose()
+            await both.far.aclose()
 
 
 # -- a network that misbehaves ----------------------------------------------------------------------------------------
