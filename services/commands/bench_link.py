@@ -169,14 +169,15 @@ def as_text(report: dict[str, Any]) -> str:
         f"of it (target {TARGET_HASHED})",
         f"bare pair            {report['peer_bare_gb_per_s']:.2f} GB/s  ours is {report['ratio_to_bare']:.2f} of it "
         f"(target {TARGET_BARE})",
-        f"CPU seconds a GB     sender {report['sender_cpu_s_per_gb']:.2f}, receiver {report['receiver_cpu_s_per_gb']:.2f}",
+        f"CPU seconds a GB     sender {report['sender_cpu_s_per_gb']:.2f}, "
+        f"receiver {report['receiver_cpu_s_per_gb']:.2f}",
         f"raw / wire bytes     {report['wire_ratio']:.2f}",
     ]
     busy = report.get("engine_busy")
     if busy:
         lines += [
-            f"engine in the {side:8} {busy[f'{side}_gb_per_s']:.2f} GB/s  {busy[f'{side}_ratio']:.2f} of the same load in "
-            f"its own process (target {TARGET_BUSY})"
+            f"engine in the {side:8} {busy[f'{side}_gb_per_s']:.2f} GB/s  {busy[f'{side}_ratio']:.2f} of the same load "
+            f"in its own process (target {TARGET_BUSY})"
             for side in ("sender", "receiver")
         ]
     return "\n".join(lines)

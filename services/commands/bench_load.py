@@ -16,7 +16,9 @@ def prefill_load(stop: threading.Event, ready: threading.Event) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(os.environ[MODEL_VARIABLE], dtype=torch.bfloat16, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        os.environ[MODEL_VARIABLE], dtype=torch.bfloat16, local_files_only=True
+    )
     ids = torch.arange(STEP_TOKENS).unsqueeze(0)
     with torch.inference_mode():
         while not stop.is_set():

@@ -1,8 +1,8 @@
 """The two processes of `prfaas bench link`: one sends, one receives. They speak JSON lines over stdin and stdout.
 
-    prfaas        two KvEndpoints and one transfer, as the services use them
-    hash, bare    the peers: a BufferedProtocol pair that writes a 16-byte header and the same chunks, from and into the
-                  same amount of memory, on as many lanes, with and without xxh3 over every chunk on both sides
+prfaas        two KvEndpoints and one transfer, as the services use them
+hash, bare    the peers: a BufferedProtocol pair that writes a 16-byte header and the same chunks, from and into the
+              same amount of memory, on as many lanes, with and without xxh3 over every chunk on both sides
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import uvloop
 import xxhash
-
 from prfaas.common.config import TransportConfig
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.transport.api import KvAddress, KvPiece, TransferSpec

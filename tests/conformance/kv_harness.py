@@ -185,9 +185,7 @@ async def pair(backend: Callable[[TransportConfig], Backend], layout: KvLayout |
     made = backend(config)
 
     def endpoint(node: str) -> KvEndpoint:
-        return KvEndpoint(
-            config, node=node, layout=layout, model_fingerprint=FINGERPRINT, secret=SECRET, backend=made
-        )
+        return KvEndpoint(config, node=node, layout=layout, model_fingerprint=FINGERPRINT, secret=SECRET, backend=made)
 
     near, far = endpoint("near"), endpoint("far")
     await near.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from kv_harness import (
     pair,
     spec_of,
 )
-
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import (
     ChecksumError,
@@ -179,9 +177,7 @@ async def test_no_room_then_room(backend: MakeBackend) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
 @pytest.mark.parametrize("side", ["sender", "receiver"])
-async def test_cancel_in_the_middle(
-    faulty: MakeBackend, faults: list[FaultyBackend], side: str, codec: str
-) -> None:
+async def test_cancel_in_the_middle(faulty: MakeBackend, faults: list[FaultyBackend], side: str, codec: str) -> None:
     """Either side cancels while chunks are on their way: the other learns it, the memory is not written after aclose,
     no lane is lost, and the next transfer over the same lanes is byte-exact."""
     async with pair(faulty, dense(), codec=codec) as p:
@@ -313,9 +309,7 @@ async def test_a_ticket_of_another_session_is_refused(backend: MakeBackend) -> N
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
-async def test_a_damaged_chunk_is_sent_once_more(
-    faulty: MakeBackend, faults: list[FaultyBackend], codec: str
-) -> None:
+async def test_a_damaged_chunk_is_sent_once_more(faulty: MakeBackend, faults: list[FaultyBackend], codec: str) -> None:
     """One flipped bit: counted, resent, and the bytes are right in the end."""
     async with pair(faulty, dense(), codec=codec) as p:
         damaged: list[int] = []

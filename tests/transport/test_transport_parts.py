@@ -1,0 +1,228 @@
+"""Arena, clock, tickets, handshake and codecs."""
+
+from __future__ import annotations
+
+import random
+
+import lz4.block
+import msgspec
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prfaas.common.auth import NonceWindow
+from prfaas.common.errors import PeerRefusedError, TicketError
+from prfaas.common.kv_layout import DTYPE_BYTES, Shard, TokenRange
+from prfaas.transport.api import TransferSpec
+from prfaas.transport.arena import Allocator, Arena
+from prfaas.transport.clock import ClockEstimator
+from prfaas.transport.codecs.api import CodecError
+from prfaas.transport.codecs.registry import CODECS, codec_by_name
+from prfaas.transport.frames import Hello
+from prfaas.transport.handshake import check_hello, signed
+from prfaas.transport.ticket import TicketBook, read_claims
+
+# -- arena ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from([1, 64, 256]), st.booleans()), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_the_allocator_never_hands_out_a_byte_twice(steps: list[tuple[int, int, bool]]) -> None:
+    """Random allocations and frees: disjoint, aligned, counted, and all free again in the end."""
+    allocator, held = Allocator(1000), list[tuple[int, int]]()
+    for nbytes, align, free in steps:
+        if free and held:
+            allocator.free(*held.pop(nbytes % len(held)))
+        elif (span := allocator.allocate(nbytes, align)) is not None:
+            start, end = span
+            assert start % align == 0
+            assert end - start >= nbytes
+            assert end <= 1000
+            assert all(end <= s or e <= start for s, e in held)
+            held.append(span)
+        assert allocator.free_bytes == 1000 - sum(e - s for s, e in held)
+    for span in held:
+        allocator.free(*span)
+    assert allocator.allocate(1000, 1) == (0, 1000)
+
+
+def test_a_region_is_writable_freed_once_and_reused() -> None:
+    """`free` twice is harmless; a full arena answers None."""
+    arena = Arena(1 << 20)
+    region = arena.allocate(1 << 20)
+    assert region is not None
+    assert arena.allocate(1) is None
+    region.view[:4] = b"data"
+    region.free()
+    region.free()
+    assert arena.free_bytes == arena.total_bytes
+    again = arena.allocate(100)
+    assert again is not None
+    assert (again.offset, len(again.view), bytes(again.view[:4])) == (0, 100, b"data")
+
+
+# -- clock ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e6, 1e6), st.lists(st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)), min_size=1, max_size=20))
+def test_the_clock_is_right_within_its_bound(offset: float, delays: list[tuple[float, float]]) -> None:
+    """However lopsided the delays there and back are."""
+    clock, now = ClockEstimator(), 100.0
+    assert clock.estimate(now) is None
+    for there, back in delays:
+        clock.add(now, now + there + offset, now + there + back)
+        now += there + back
+    estimate = clock.estimate(now)
+    assert estimate is not None
+    assert abs(estimate.offset_s - offset) <= estimate.error_s + 1e-6
+
+
+# -- tickets ----------------------------------------------------------------------------------------------------------
+
+SPEC = TransferSpec("a" * 32, "r", TokenRange(5, 99), 100, 7, "f" * 32, "l" * 32, Shard(1, 2, 1, 2))
+
+
+def test_a_ticket_says_what_its_spec_says() -> None:
+    """The prefill side reads it without the key."""
+    assert read_claims(TicketBook(b"k" * 32, "far").issue(SPEC, 10.0)).spec() == SPEC
+
+
+def test_a_ticket_is_for_one_session_in_time_until_it_is_void() -> None:
+    """In time: any lane of the first session, again and again, later too. Not: another session, after the end."""
+    book = TicketBook(b"k" * 32, "far")
+    ticket = book.issue(SPEC, 10.0)
+    assert book.present(ticket, "one", 9.0) == SPEC
+    assert book.present(ticket, "one", 11.0) == SPEC
+    with pytest.raises(TicketError, match="another session"):
+        book.present(ticket, "two", 9.5)
+    book.void(SPEC.transfer_id)
+    with pytest.raises(TicketError, match="void"):
+        book.present(ticket, "one", 9.5)
+
+
+def test_late_foreign_and_broken_tickets() -> None:
+    """Each with its reason."""
+    book, other = TicketBook(b"k" * 32, "far"), TicketBook(b"x" * 32, "far")
+    ticket = book.issue(SPEC, 10.0)
+    with pytest.raises(TicketError, match=r"expired 1\.0 s ago"):
+        book.present(ticket, "one", 11.0)
+    with pytest.raises(TicketError, match="not issued by this process"):
+        other.present(ticket, "one", 1.0)
+    for text in ("", ".", "x" * 5000, "é", ticket[5:]):
+        with pytest.raises(TicketError):
+            book.present(text, "one", 1.0)
+
+
+# -- handshake --------------------------------------------------------------------------------------------------------
+
+HELLO = Hello((1,), "near", "0" * 32, 0, 4, "f", 1000.0, "nonce")
+
+
+def check(
+    hello: Hello, *, now_s: float = 1000.0, nonces: NonceWindow | None = None, answer_to: str | None = None
+) -> None:
+    check_hello(
+        hello,
+        secret=b"s",
+        model_fingerprint="f",
+        now_s=now_s,
+        skew_s=60,
+        nonces=nonces or NonceWindow(120),
+        expect_answer_to=answer_to,
+    )
+
+
+def test_a_good_hello_once() -> None:
+    """The same bytes again are a replay."""
+    nonces = NonceWindow(120)
+    check(signed(HELLO, b"s"), nonces=nonces)
+    with pytest.raises(PeerRefusedError, match="replay"):
+        check(signed(HELLO, b"s"), nonces=nonces)
+
+
+def test_an_answer_is_bound_to_our_nonce() -> None:
+    """An answer that was recorded from another handshake does not pass."""
+    answer = msgspec.structs.replace(HELLO, answer=True)
+    check(signed(answer, b"s", "mine"), answer_to="mine")
+    with pytest.raises(PeerRefusedError, match="secret"):
+        check(signed(answer, b"s", "other"), answer_to="mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "now_s", "text"),
+    [
+        ({}, 1061.0, "NTP"),
+        ({"versions": (7,)}, 1000.0, "versions"),
+        ({"model_fingerprint": "g"}, 1000.0, "model"),
+        ({"lane": 4}, 1000.0, "lane 4 of 4"),
+        ({"session": "x"}, 1000.0, "no session"),
+        ({"time_s": float("nan")}, 1000.0, "clock"),
+        ({"answer": True}, 1000.0, "mixed up"),
+    ],
+)
+def test_a_bad_hello_is_refused_with_its_reason(changes: dict[str, object], now_s: float, text: str) -> None:
+    """Signed rightly and yet wrong."""
+    with pytest.raises(PeerRefusedError, match=text):
+        check(signed(msgspec.structs.replace(HELLO, **changes), b"s"), now_s=now_s)
+
+
+@pytest.mark.parametrize(
+    "hello", [HELLO, signed(HELLO, b"wrong"), msgspec.structs.replace(signed(HELLO, b"s"), node="x")]
+)
+def test_an_unsigned_or_altered_hello_is_refused(hello: Hello) -> None:
+    """No MAC, another secret's, or one field changed."""
+    with pytest.raises(PeerRefusedError, match="secret"):
+        check(hello)
+
+
+# -- codecs -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(sorted(CODECS)),
+    st.sampled_from(sorted(DTYPE_BYTES)),
+    st.binary(min_size=1, max_size=300),
+    st.integers(1, 40),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_codec_gives_back_every_byte_or_says_that_it_does_not_shrink(
+    number: int, dtype: str, data: bytes, repeat: int
+) -> None:
+    """Any length, whole elements or not."""
+    codec, source = CODECS[number], memoryview(data * repeat)
+    wire = codec.encode(source, dtype)
+    if wire is not None:
+        assert len(wire) < len(source)
+        out = bytearray(len(source))
+        codec.decode(memoryview(wire), memoryview(out), dtype)
+        assert out == source
+
+
+@pytest.mark.parametrize("number", sorted(CODECS))
+def test_floats_shrink_and_noise_does_not(number: int) -> None:
+    """The plane transform is there: bfloat16 near 1.0 shrinks, random bytes are left alone."""
+    rng = random.Random(0)
+    floats = b"".join((0x3F80 + rng.randrange(128) | rng.randrange(2) << 15).to_bytes(2, "little") for _ in range(5000))
+    wire = CODECS[number].encode(memoryview(floats), "bfloat16")
+    assert wire is not None
+    assert len(wire) < 0.6 * len(floats)
+    assert CODECS[number].encode(memoryview(rng.randbytes(5000)), "bfloat16") is None
+
+
+@pytest.mark.parametrize("name", ["lz4", "zstd"])
+@pytest.mark.parametrize("size", [1, 100, 5000, 1 << 24])
+def test_a_bomb_makes_no_more_than_was_announced(name: str, size: int) -> None:
+    """What decodes to more (or less) than the header says, and what doesn't decode at all, is an error."""
+    codec = codec_by_name(name)
+    assert codec is not None
+    zeros = bytes(size)
+    wire = lz4.block.compress(zeros, store_size=False) if name == "lz4" else zstandard.compress(zeros)
+    out = memoryview(bytearray(3000))
+    for data in (wire, b"\xff" * 50):
+        with pytest.raises(CodecError):
+            codec.decode(memoryview(data), out, "bfloat16")
+
+
+def test_raw_is_no_codec() -> None:
+    """Its bytes are not copied, so there is nothing to call."""
+    assert codec_by_name("raw") is None
