@@ -13,13 +13,9 @@ from prfaas.transport.api import KvPiece, TransferSpec
 from prfaas.transport.frames import HEADER, FrameHeader, encode_chunk_header
 from prfaas.transport.transfer import ByteRanges, Cut, Placement, ReceivingTransfer, SendingTransfer, extents
 
-LAYOUT = KvLayout(
-    (
-        LayerLayout((TensorLayout(TensorKind.KEY, "bfloat16", 2, (4,)), TensorLayout(TensorKind.VALUE, "bfloat16", 2, (4,)))),
-        LayerLayout(()),
-        LayerLayout((TensorLayout(TensorKind.RECURRENT, "float32", 1, (10, 3)),)),
-    )
-)  # fmt: skip
+KEY_AND_VALUE = tuple(TensorLayout(kind, "bfloat16", 2, (4,)) for kind in (TensorKind.KEY, TensorKind.VALUE))
+STATE = TensorLayout(TensorKind.RECURRENT, "float32", 1, (10, 3))
+LAYOUT = KvLayout((LayerLayout(KEY_AND_VALUE), LayerLayout(()), LayerLayout((STATE,))))
 SPEC = TransferSpec("0" * 32, "r", TokenRange(3, 40), 41, 1, "f", LAYOUT.layout_hash)
 ROW_BYTES = 37 * 8
 
