@@ -41,33 +41,33 @@ examples:
 
 
 def _router(argv: Sequence[str]) -> int:
-    from prfaas.services.commands import serve
+    from prfaas.services.commands.serve import router
 
-    return serve.router(argv)
+    return router(argv)
 
 
 def _prefill(argv: Sequence[str]) -> int:
-    from prfaas.services.commands import serve
+    from prfaas.services.commands.serve import node
 
-    return serve.node("prefill", argv)
+    return node("prefill", argv)
 
 
 def _decode(argv: Sequence[str]) -> int:
-    from prfaas.services.commands import serve
+    from prfaas.services.commands.serve import node
 
-    return serve.node("decode", argv)
+    return node("decode", argv)
 
 
 def _demo(argv: Sequence[str]) -> int:
-    from prfaas.services.commands import demo
+    from prfaas.services.commands.demo import main
 
-    return demo.main(argv)
+    return main(argv)
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    from prfaas.services.commands import doctor
+    from prfaas.services.commands.doctor import main
 
-    return doctor.main(argv)
+    return main(argv)
 
 
 def _bench(argv: Sequence[str]) -> int:
@@ -76,9 +76,9 @@ def _bench(argv: Sequence[str]) -> int:
             sys.stdout.write("usage: prfaas bench link [flags]    (prfaas bench link --help)\n")
             return 0
         raise UsageError("bench: name what to measure: prfaas bench link")
-    from prfaas.services.commands import bench_link
+    from prfaas.services.commands.bench_link import main
 
-    return bench_link.main(argv[1:])
+    return main(argv[1:])
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
