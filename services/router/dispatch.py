@@ -99,6 +99,12 @@ class Progress:
     timeline: bytes | None = None
     outcome: str = "failed"
 
+    def start_over(self) -> None:
+        """Forget what a lost attempt brought: nobody has seen it."""
+        self.output_tokens = 0
+        self.timeline = None
+        self.instants.ticket_s = None
+
 
 class Dispatcher:
     """Shared by all requests of a router."""
@@ -163,6 +169,7 @@ class Dispatcher:
                     raise
                 fallback = f"{error.node.role}_{error.reason}"
                 progress.fallbacks.append(fallback)
+                progress.start_over()
                 self.metrics.fallbacks.labels(fallback).inc()
                 logger.warning("fallback", reason=fallback, node=error.node.name, error=str(error))
 
@@ -258,6 +265,8 @@ class Dispatcher:
         done = False
         while batch is not None:
             self._note(progress, batch)
+            if batch.output_tokens:
+                progress.instants.token_came(self.now_s())
             if response is not None:
                 if batch.relay:
                     await response.write(b"".join(batch.relay))
@@ -289,12 +298,7 @@ class Dispatcher:
         return web.Response(body=response_body(lines), headers=headers)
 
     def _note(self, progress: Progress, batch: Batch) -> None:
-        if batch.output_tokens:
-            now_s = self.now_s()
-            if not progress.output_tokens:
-                progress.instants.first_token_s = now_s
-            progress.instants.last_token_s = now_s
-            progress.output_tokens += batch.output_tokens
+        progress.output_tokens += batch.output_tokens
         if batch.timeline is not None:
             progress.timeline = batch.timeline
 

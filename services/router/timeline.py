@@ -23,8 +23,14 @@ class RouterInstants:
     ticket_s: float | None = None
     """The ticket came; the call to the prefill node leaves."""
     first_token_s: float | None = None
+    """Of a stream; of a whole response only the decode node knows."""
     last_token_s: float | None = None
     ended_s: float | None = None
+
+    def token_came(self, now_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
 
 
 class LayerTimes(msgspec.Struct, frozen=True):
@@ -103,7 +109,8 @@ def build_timeline(facts: RequestFacts, router: RouterInstants, node: DecodeNode
     def here(instant_s: float | None) -> float | None:
         return None if instant_s is None else instant_s - router.arrived_s
 
-    first_token_s = here(router.first_token_s)
+    sampled_s = at(node.first_token_s) if node else None
+    first_token_s = sampled_s if router.first_token_s is None else here(router.first_token_s)
     return Timeline(
         request_id=facts.request_id,
         outcome=facts.outcome,
@@ -122,7 +129,7 @@ def build_timeline(facts: RequestFacts, router: RouterInstants, node: DecodeNode
         queued_s=at(node.queued_s) if node else None,
         prefill_started_s=at(node.started_s) if node else None,
         prefill_ended_s=at(node.ended_s) if node else None,
-        first_token_sampled_s=at(node.first_token_s) if node else None,
+        first_token_sampled_s=sampled_s,
         ended_s=here(router.ended_s),
         ttft_parts=_ttft_parts(first_token_s, placed, shift_s),
         layers=_layers(placed, shift_s),
