@@ -181,10 +181,10 @@ async def test_no_room_then_room(backend: MakeBackend) -> None:
 async def test_cancel_in_the_middle(faulty: MakeBackend, faults: list[FaultyBackend], side: str, codec: str) -> None:
     """Either side cancels while chunks are on their way: the other learns it, the memory is not written after aclose,
     no lane is lost, and the next transfer over the same lanes is byte-exact."""
-    async with pair(faulty, dense(), codec=codec) as p:
+    async with pair(faulty, dense(), codec=codec, chunk_bytes=1 << 20, credit_bytes=4 << 20) as p:
         await p.send()
         lanes_before = len(faults[0].lanes)
-        transfer = p.offer(spec_of(p.layout))
+        transfer = p.offer(spec_of(p.layout, (0, 8000)))  # rows, and chunks, of 1 MB: cut off in the middle
         first_chunk = asyncio.Event()
         faults[0].on_chunk = lambda _header: first_chunk.set()
         await transfer.sender.open()
