@@ -40,6 +40,8 @@ class Loopback:
         self.opens = 0
         self.pieces: list[KvPiece] = []
         self.opened = asyncio.Event()
+        self.answer = asyncio.Event()
+        self.answer.set()
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._destination: KvDestination | None = None
@@ -51,7 +53,7 @@ class Loopback:
     # -- sender -------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        await asyncio.sleep(0)
+        await self.answer.wait()
         self.opens += 1
         if self.no_room_answers > 0:
             self.no_room_answers -= 1

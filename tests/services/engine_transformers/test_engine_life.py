@@ -259,11 +259,18 @@ async def test_a_join_with_nobody_running(pair: Any, toolbox: Any) -> None:
 
 
 async def test_join_when_complete_waits_for_all(tiny_model: Callable[[str], Path], toolbox: Any) -> None:
-    """The baseline uses no layer before the last one has arrived."""
+    """The baseline uses no layer before the last one has arrived, though passes go by meanwhile."""
     engine = await toolbox.started(model=str(tiny_model("llama")), join="when_complete")
-    answer = await toolbox.Pair(engine, engine).generate(PROMPT, 4)
-    timeline = answer.events[0]
+    running = engine.decode(request(3000, prompt=[9, 8, 7]), [])
+    transfer = toolbox.Pair(engine, engine).loopback(len(PROMPT), 4, announce=False)
+    joining = engine.decode(request(4), [transfer])
+    await toolbox.collect(engine.prefill(PrefillRequest("r", PROMPT), [transfer]))
+    for layer in range(4):
+        transfer.announce_layer(layer)
+        await passes(running, 2)
+    timeline = (await toolbox.collect(joining)).events[0]
     assert min(timeline.used_s) >= max(timeline.arrived_s)
+    await running.aclose()
     await engine.close()
 
 
@@ -316,6 +323,23 @@ async def test_no_room_steps_aside(pair: Any, toolbox: Any) -> None:
     assert (await toolbox.collect(decoding)).token_ids == expected
     await prefilling
     assert refused.opens == 21
+
+
+async def test_no_room_after_all_was_computed(pair: Any, toolbox: Any) -> None:
+    """A short prompt is computed while OPEN is on its way; "no room" then costs neither the KV nor the tokens."""
+    expected = await tokens_of(pair.decode, toolbox, PROMPT, 4)
+    transfer = pair.loopback(len(PROMPT), 4, rooms=3)
+    transfer.answer.clear()
+    decoding = pair.decode.decode(request(4), [transfer])
+    prefilling = pair.prefill.prefill(PrefillRequest("r", PROMPT), [transfer])
+    while (await asyncio.wait_for(anext(prefilling), WAIT_S)).computed_tokens < 149:
+        pass
+    while pair.prefill.load().queued_requests:
+        await asyncio.sleep(0.001)
+    transfer.answer.set()
+    rest = await asyncio.wait_for(toolbox.collect(prefilling), WAIT_S)
+    assert [type(event) for event in rest.events] == [PrefillDone]
+    assert (await toolbox.collect(decoding)).token_ids == expected
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
