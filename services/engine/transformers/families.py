@@ -34,7 +34,6 @@ class LayerwiseModel:
         self._layers = list(self._decoder.layers)
         self._norm = getattr(self._decoder, self.norm_name)
         self.layer_count = len(self._layers)
-        self.dtype: torch.dtype = causal_lm.dtype
 
     @staticmethod
     def refusal(config: Any) -> str | None:
