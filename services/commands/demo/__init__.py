@@ -137,10 +137,11 @@ class _Demo:
         console.print(f"{self.model}, prefill in another region behind {link}", style="dim", soft_wrap=True)
         console.print(f"{given.question}\n", style="bold")
         run = self._ask(given.max_tokens, stream=not given.json)
-        show.show_layers(console, run)
-        show.show_figures(console, run, given.rate_mbit, given.delay_ms)
+        if not given.json:
+            show.show_layers(console, run)
+            show.show_figures(console, run, given.rate_mbit, given.delay_ms)
         baselines = {} if given.no_baselines else self._baselines()
-        if baselines:
+        if baselines and not given.json:
             show.show_baselines(console, run, baselines)
         if given.json:
             print(json.dumps(report.as_json(run, baselines, given.rate_mbit, given.delay_ms)), flush=True)
