@@ -211,10 +211,10 @@ class _Demo:
         body = json.dumps(
             {"model": self.model, "messages": [{"role": "user", "content": "What is a bell?"}], "max_tokens": 40}
         )
-        self.console.print("\nThe services stay up; Ctrl-C ends them. Try:", style="bold")
         line = f"curl -N {self.cluster.router_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
-        self.console.print(line, markup=False, soft_wrap=True)
         try:
+            self.console.print("\nThe services stay up; Ctrl-C ends them. Try:", style="bold")
+            self.console.print(line, markup=False, soft_wrap=True)
             while True:
                 self.cluster.check()
                 time.sleep(1.0)
