@@ -5,7 +5,7 @@ version N and N−1 can talk). ARCHITECTURE.md, "Between the services", draws wh
     router -> decode   POST /decode            DecodeCall       -> SSE, first event `ticket`: TicketEvent
     router -> prefill  POST /prefill           PrefillCall      -> SSE, last event `done`: PrefillResult, or `error`
 
-The decode node's SSE (DECISIONS.md 10): `event: ticket` first (token range empty or local prefill: a ticket of ""),
+The decode node's SSE: `event: ticket` first (token range empty or local prefill: a ticket of ""),
 `: ping` every 2 s, before each `data:` line one comment `: ids 12,345` with the token ids of its text, before the end
 one comment `: timeline {json}` (DecodeNodeTimeline), then `data: [DONE]` when streaming. Not streaming: one `data:`
 line with the whole response object. A failure: `event: error` with an ErrorBody, and the stream ends.

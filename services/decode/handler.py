@@ -1,4 +1,4 @@
-"""POST /decode: the ticket, then the output as OpenAI's chunks; the open call is the lease (DECISIONS.md 1, 10)."""
+"""POST /decode: the ticket, then the output as OpenAI's chunks; the open call is the lease."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class DecodeService:
             raise RequestError(f"token ids must be from 0 to {info.vocabulary - 1}", param="prompt")
         if info.layout.total_bytes(TokenRange(0, tokens)) > info.arena_bytes:
             raise RequestError(
-                f"the KVCache of {tokens} tokens does not fit this node's memory; lower max_tokens",
+                f"the KVCache of {tokens} tokens ({len(call.prompt_token_ids)} + {call.max_output_tokens}) does not fit "
+                "this node's memory; shorten the prompt or lower max_tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -1,4 +1,4 @@
-"""OpenAI's response objects and chunks as bytes of an SSE stream (DECISIONS.md 10). Pure.
+"""OpenAI's response objects and chunks as bytes of an SSE stream. Pure.
 
 Everything in a chunk but the text is the same for a whole request, so it is encoded once.
 """

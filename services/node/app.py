@@ -180,7 +180,7 @@ class Node:
         )
 
     def _answered(self, url: str, answer: HeartbeatAnswer) -> None:
-        """Sessions are opened before they are needed. Prefill dials (DECISIONS.md 2)."""
+        """Sessions are opened before they are needed. Prefill dials."""
         before = self._peer_names()
         self._peers[url] = answer.peers
         if self.role != "prefill":

@@ -1,4 +1,4 @@
-"""One request from its decision to its last byte (DESIGN.md section 3; ARCHITECTURE.md, "Between the services").
+"""One request from its decision to its last byte (ARCHITECTURE.md, "Between the services").
 
     decide ─▶ open /decode ─▶ ticket ─▶ open /prefill beside it ─▶ relay /decode to the client ─▶ end
        ▲            │                        │                             │
@@ -96,12 +96,15 @@ class Progress:
     response: web.StreamResponse | None = None
     """Set when the first byte is about to leave: from here on nothing can be repeated."""
     output_tokens: int = 0
+    token_ids: list[bytes] = field(default_factory=list)
+    """As the node wrote them: decimal numbers with commas between."""
     timeline: bytes | None = None
     outcome: str = "failed"
 
     def start_over(self) -> None:
         """Forget what a lost attempt brought: nobody has seen it."""
         self.output_tokens = 0
+        self.token_ids = []
         self.timeline = None
         self.instants.ticket_s = None
 
@@ -299,6 +302,7 @@ class Dispatcher:
 
     def _note(self, progress: Progress, batch: Batch) -> None:
         progress.output_tokens += batch.output_tokens
+        progress.token_ids += batch.token_ids
         if batch.timeline is not None:
             progress.timeline = batch.timeline
 
@@ -347,7 +351,7 @@ class Dispatcher:
                 job.prompt.tokens,
                 progress.output_tokens,
             )
-            self.timelines.add(Record(facts, instants, progress.timeline))
+            self.timelines.add(Record(facts, instants, progress.timeline, b",".join(progress.token_ids)))
 
 
 async def _read_ticket(call: NodeCall) -> tuple[TicketEvent, Batch]:

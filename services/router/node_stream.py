@@ -1,4 +1,4 @@
-"""The SSE stream of a node, cut into what the client gets and what the router keeps (DECISIONS.md 10). Pure.
+"""The SSE stream of a node, cut into what the client gets and what the router keeps. Pure.
 
 The client gets the `data:` lines byte for byte. Comments and named events are the router's:
 

@@ -83,6 +83,7 @@ class Timeline(msgspec.Struct, frozen=True):
     local_prefill: bool
     clock_error_s: float | None
     """None: the router's and the node's clocks have not been compared yet, and the node's instants are left out."""
+    output_token_ids: list[int] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +182,14 @@ class Record:
     router: RouterInstants
     node: bytes | None
     """JSON of DecodeNodeTimeline."""
+    token_ids: bytes = b""
+    """Of the output: decimal numbers with commas between."""
 
     def timeline(self) -> Timeline:
         """Raises msgspec.DecodeError when the node's part is not what it should be."""
         node = None if self.node is None else msgspec.json.decode(self.node, type=DecodeNodeTimeline)
-        return build_timeline(self.facts, self.router, node)
+        timeline = build_timeline(self.facts, self.router, node)
+        return msgspec.structs.replace(timeline, output_token_ids=msgspec.json.decode(b"[%b]" % self.token_ids))
 
 
 class Timelines:
