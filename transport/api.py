@@ -14,7 +14,8 @@ Who owns KV memory when, for one piece on its way from prefill to decode:
 - A layer that has arrived is never written again: the engine may read it while later layers are in flight.
 
 Threads: methods marked *thread-safe* may be called from the engine's thread; all others from the event loop's.
-Callbacks run on the event loop and must return quickly.
+Callbacks run on the event loop and must return quickly. One that raises fails its own transfer with EngineError (the
+traceback is logged); lanes and other transfers go on.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class KvDestination(Protocol):
 
 Reserve = Callable[[TransferSpec], KvDestination | None]
 """Called on the event loop when OPEN arrives, at most once with success; None = no room now (the sender asks again).
-Raising `EngineError` refuses the transfer for good."""
+Raising `EngineError` (or anything else) refuses the transfer for good."""
 
 
 class KvSender(Protocol):
@@ -111,8 +112,11 @@ class KvSender(Protocol):
         """Of the session to the receiver (0.0 until known): how early `open` should be called before data is ready."""
         ...
 
-    async def open(self) -> None:
+    async def open(self, remaining_s: float | None = None) -> None:
         """Send OPEN and wait for the answer. On `NoRoomError` it may be called again later.
+
+        remaining_s: until the request's deadline, from now; after it the receiver fails the transfer (both sides get
+        TransferCancelledError). None = no deadline.
 
         Raises NoRoomError, TicketError, TransferCancelledError, LaneLostError, PeerRefusedError. Cancelling it leaves
         the transfer unopened.
@@ -148,7 +152,8 @@ class KvSender(Protocol):
 
     async def aclose(self, reason: str = "closed") -> None:
         """End the transfer if it is still going (CANCEL to the receiver); idempotent. When it returns, no piece is
-        read any more. Finishes its work even when the caller is cancelled."""
+        read any more: chunks that lanes have begun are finished, unless the peer takes no bytes for a second, which
+        costs the lane. Finishes its work even when the caller is cancelled."""
         ...
 
 

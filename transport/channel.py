@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from prfaas.common.errors import PeerError
 from prfaas.common.log import get_logger
 from prfaas.transport.connection import Event, LaneConnection
-from prfaas.transport.frames import ControlBody, Error, FrameHeader, encode_control
+from prfaas.transport.frames import MAX_REASON_CHARS, ControlBody, Error, FrameHeader, encode_control
 from prfaas.transport.transfer import Cut
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ TURN_BYTES = 4 << 20
 """After so many bytes in one turn a channel lets the loop go on, even if the kernel would take more."""
 CLOSING_S = 1.0
 """How long an ERROR frame may take to leave before the lane is aborted."""
+
+MAX_QUEUED_BYTES = 8 << 20
+"""Control frames that wait for a lane; far above what `max_transfers` OPENs take. A peer that makes us answer (PINGs,
+chunks) but reads nothing would fill our memory otherwise."""
 
 log = get_logger("transport")
 
@@ -72,6 +76,7 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._lane: Lane | None = None
         self._control: list[bytes] = []
+        self._queued_bytes = 0
         self._writing: Outgoing | None = None
         self._written_bytes = 0
         self._pump_scheduled = False
@@ -97,14 +102,22 @@ class Channel:
         self._pump()
 
     def lost(self, error: Exception | None) -> None:
-        if error is not None and not self._ended:
-            self._reason = str(error) or type(error).__name__
-        self._ended = True
+        if not self._ended:
+            self._ended = True
+            self._ended_by_peer(error)
         self._lane = None
         if not self.closed.done():
             self.closed.set_result(None)
             self.owner.lane_lost(self, self._reason)
         self._writing = None
+
+    def _ended_by_peer(self, error: Exception | None) -> None:
+        if error is not None:
+            self._reason = str(error) or type(error).__name__
+        partial = self.connection.partial_frame
+        if partial is not None:
+            self._reason = f"{self._reason}, in the middle of a frame: {partial}"
+            log.warning("kv lane closed", peer=self.peer, lane=self.index, reason=self._reason)
 
     # -- for the owner
 
@@ -117,10 +130,24 @@ class Channel:
         """The chunk whose memory the lane is reading now."""
         return self._writing
 
+    @property
+    def unwritten_bytes(self) -> int:
+        """Of the chunk that is being written: goes down as long as the other side takes bytes."""
+        left = len(self._writing.payload) - self._written_bytes if self._writing is not None else 0
+        return left + (self._lane.unsent_bytes if self._lane is not None else 0)
+
     def send(self, body: ControlBody, transfer: int = 0, flags: int = 0) -> None:
         """Queue a control frame; it goes before any chunk that has not begun. A no-op on a lane that has ended."""
-        if not self._ended:
-            self._control.append(encode_control(body, transfer, flags))
+        if self._ended:
+            return
+        frame = encode_control(body, transfer, flags)
+        self._control.append(frame)
+        self._queued_bytes += len(frame)
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            reason = f"{self._queued_bytes} bytes of control frames wait: the peer does not read"
+            log.warning("kv lane closed", peer=self.peer, lane=self.index, reason=reason)
+            self.abort(reason)
+        else:
             self.wake()
 
     def wake(self) -> None:
@@ -145,7 +172,7 @@ class Channel:
         if lane is None:
             return
         if self._writing is None:
-            lane.write([encode_control(Error(code, reason[:1000]))])
+            lane.write([encode_control(Error(code, reason[:MAX_REASON_CHARS]))])
             lane.close()
             self._loop.call_later(CLOSING_S, lane.abort)
         else:
@@ -176,6 +203,7 @@ class Channel:
             if not self._chunk_in_progress():
                 if self._control:
                     control, self._control = self._control, []
+                    self._queued_bytes = 0
                     lane.write(control)
                     continue
                 if budget <= 0:

@@ -130,6 +130,13 @@ class LaneConnection:
             self.close()
             raise
 
+    @property
+    def partial_frame(self) -> str | None:
+        """What of a frame has come when the lane ends here, for people; None between two frames."""
+        if self._header is not None:
+            return f"{FrameType(self._header.type).name} with {self._filled} of {self._wanted} bytes"
+        return f"{self._filled} of a header's {HEADER_BYTES} bytes" if self._filled else None
+
     def redirect(self, transfer: int) -> None:
         """The rest of a chunk of `transfer` that is on its way goes to the sink; its memory is not touched again."""
         header = self._header

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from prfaas.common.errors import PeerError, PeerRefusedError, ProtocolError
+from prfaas.common.errors import PeerRefusedError, ProtocolError
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
 from prfaas.transport.channel import Channel, Outgoing
@@ -119,7 +119,7 @@ class Dialler:
             except PeerRefusedError as error:
                 problem = error
                 self.session.refused(error)
-            except (OSError, TimeoutError, PeerError) as error:
+            except Exception as error:  # also what a malformed host or port makes the resolver raise
                 problem = error
             if problem is not None and backoff_s == FIRST_BACKOFF_S:
                 address = self.addresses[0]

@@ -15,7 +15,14 @@ from typing import Any
 
 from prfaas.common.auth import NonceWindow
 from prfaas.common.config import TransportConfig, parse_address
-from prfaas.common.errors import ConfigError, PeerRefusedError, ProtocolError, TicketError
+from prfaas.common.errors import (
+    ConfigError,
+    PeerRefusedError,
+    ProtocolError,
+    TicketError,
+    TransferCancelledError,
+    TransferError,
+)
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
@@ -37,6 +44,7 @@ from prometheus_client import CollectorRegistry
 MAX_GREETING_LANES = 256
 """Lanes that have connected but not said HELLO yet; more are closed at once, so strangers can't fill our memory."""
 CLOSE_S = 1.0
+"""How long lanes may take to say why they close."""
 
 log = get_logger("transport")
 
@@ -84,6 +92,7 @@ class KvEndpoint:
         self._receivers: dict[str, TransferReceiver] = {}
         self._greeting: set[Greeter] = set()
         self._background: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     # -- life
 
@@ -95,6 +104,10 @@ class KvEndpoint:
                 [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
                  "(cluster.secret_file)"]
             )  # fmt: skip
+        if _is_wildcard(host) and not self._config.advertise:
+            raise ConfigError(
+                [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
+            )
         try:
             self._listener = await self._backend.listen(host, port, self._accept)
         except OSError as error:
@@ -113,7 +126,8 @@ class KvEndpoint:
 
     async def aclose(self) -> None:
         """Close all sessions; their transfers fail with LaneLostError. Pieces and destinations are not touched after
-        their own `aclose` alone has returned."""
+        their own `aclose` alone has returned. Idempotent; nothing can be connected afterwards."""
+        self._closed = True
         if self._listener is not None:
             await self._listener.aclose()
         diallers, self._dialled = list(self._dialled.values()), {}
@@ -122,12 +136,7 @@ class KvEndpoint:
         sessions = [d.session for d in diallers] + list(self._accepted.values())
         channels = [channel for session in sessions for channel in session.channels()]
         channels += [greeter.channel for greeter in self._greeting]
-        for channel in channels:
-            channel.close("the node is shutting down")
-        if channels:
-            await asyncio.wait([channel.closed for channel in channels], timeout=CLOSE_S)
-        for channel in channels:
-            channel.abort("the node is shutting down")
+        await _close_channels(channels, "the node is shutting down")
         for receiver in list(self._receivers.values()):
             await receiver.aclose("the node is shutting down")
         if self._background:
@@ -138,7 +147,10 @@ class KvEndpoint:
     # -- peers
 
     def connect(self, node: str, addresses: Sequence[KvAddress]) -> None:
-        """Open a session to `node` in the background and keep it open. Idempotent; new addresses replace old ones."""
+        """Open a session to `node` in the background and keep it open. Idempotent; new addresses replace old ones.
+        Raises TransferCancelledError on an endpoint that is closed."""
+        if self._closed:
+            raise TransferCancelledError("the node is shutting down")
         if not addresses:
             raise ConfigError([f"node {node!r} advertises no KV address"])
         dialler = self._dialled.get(node)
@@ -205,7 +217,8 @@ class KvEndpoint:
     def _session_to(self, node: str) -> Session | None:
         if node in self._dialled:
             return self._dialled[node].session
-        return next((session for (peer, _), session in self._accepted.items() if peer == node), None)
+        # The newest: the lanes of an older one may be dead without our having noticed.
+        return next((session for (peer, _), session in reversed(self._accepted.items()) if peer == node), None)
 
     def _new_session(self, session_id: str, peer: str, on_empty: Callable[[Session], None]) -> Session:
         return Session(session_id, peer, self._config, self._executor, self._admit, self.metrics, on_empty)
@@ -220,7 +233,7 @@ class KvEndpoint:
 
     async def _close_dialler(self, dialler: Dialler) -> None:
         await dialler.aclose()
-        dialler.session.close("no longer needed")
+        await _close_channels(dialler.session.channels(), "no longer needed")
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -247,11 +260,12 @@ class KvEndpoint:
             problem = self._mismatch(spec, body)
         except TicketError as error:
             return Opened(body.attempt, refused=str(error), kind="ticket")
-        if problem is None and receiver.open:
-            problem = "the transfer is open already"
-        if problem is not None:
-            return Opened(body.attempt, refused=problem, kind="mismatch")
-        return receiver.admit(session, number, body.attempt)
+        if problem is None:
+            return receiver.admit(session, number, body)
+        if not receiver.open:
+            # Its ticket is with the one sender that there is, which can't send it: nobody else ever will.
+            receiver.fail(TransferError(f"{session.peer} can't send this transfer: {problem}"), tell_peer=False)
+        return Opened(body.attempt, refused=problem, kind="mismatch")
 
     def _mismatch(self, spec: TransferSpec, body: Open) -> str | None:
         claimed = (spec.transfer_id, spec.tokens.start, spec.tokens.end, spec.model_fingerprint, spec.layout_hash)
@@ -380,6 +394,23 @@ class Greeter:
     def _over(self) -> None:
         self._timer.cancel()
         self._endpoint.greeting_over(self)
+
+
+async def _close_channels(channels: Sequence[Channel], reason: str) -> None:
+    """Tell the other side why, and close; abort those that can't be told in time."""
+    for channel in channels:
+        channel.close(reason)
+    if channels:
+        await asyncio.wait([channel.closed for channel in channels], timeout=CLOSE_S)
+    for channel in channels:
+        channel.abort(reason)
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:

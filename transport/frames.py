@@ -39,7 +39,8 @@ MAX_CONTROL_BYTES = 64 << 10
 MAX_CHUNK_BYTES = 16 << 20
 """The bound on `chunk_bytes` in the settings; also on what one chunk may decode to."""
 MAX_TICKET_CHARS = 4096
-MAX_REASON_CHARS = 1024
+MAX_REASON_CHARS = 1000
+"""Of every text for people in a frame: fits ERROR's limit even when each character takes four bytes."""
 
 FROM_RECEIVER = 1
 
@@ -284,5 +285,6 @@ def parse_body(type: int, data: bytes | bytearray | memoryview) -> ControlBody:
     frame_type = FrameType(type)
     try:
         return _DECODERS[frame_type].decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # RecursionError: a few KiB of nested arrays under a key that nobody knows.
         raise ProtocolError(f"{frame_type.name}: {error}") from None

@@ -28,14 +28,16 @@ from prfaas.transport.codecs.registry import CODECS, RAW
 from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
+    MAX_REASON_CHARS,
     Ack,
     Cancel,
     Credit,
     FrameHeader,
+    Open,
     Opened,
     chunk_checksum,
 )
-from prfaas.transport.transfer import Placement, ReceivingTransfer
+from prfaas.transport.transfer import TIME_RAN_OUT, Placement, ReceivingTransfer
 from prfaas.transport.waiting import finish_despite_cancel
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 log = get_logger("transport")
 
+MAX_REMAINING_S = 30 * 86400.0
+"""A peer that names a longer time (or no number at all) has no deadline."""
 RETRY_AFTER_S = 0.05
 """What "no room" tells the sender; memory comes free when a stream ends."""
 
@@ -64,6 +68,7 @@ class TransferReceiver:
         self.report = TransferReport()
         self.damaged_chunks = 0
         self.expiry: asyncio.TimerHandle | None = None
+        self._deadline: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._window_bytes = window_bytes
         self._executor = executor
@@ -93,7 +98,7 @@ class TransferReceiver:
 
     async def aclose(self, reason: str = "closed") -> None:
         error = TransferCancelledError(f"cancelled by the decode side: {reason}")
-        self._end(error, notify=False, cancel=Cancel(error.reason, reason[:1000]))
+        self._end(error, notify=False, cancel=Cancel(error.reason, reason[:MAX_REASON_CHARS]))
         if self._decoding:
             self._decoded = self._decoded or self._loop.create_future()
             await finish_despite_cancel(self._decoded)
@@ -102,17 +107,23 @@ class TransferReceiver:
 
     # -- for the session
 
-    def admit(self, session: Session, number: int, attempt: int) -> Opened:
+    def admit(self, session: Session, number: int, body: Open) -> Opened:
         """OPEN came with a good ticket: reserve memory and answer."""
+        attempt = body.attempt
         if self._reserve is None:
             return Opened(attempt, refused="the decode side is not ready for this transfer", kind="engine")
+        if self.open or self._number not in (0, number):
+            # A second number would outlive `_end`, and its chunks would find the destination.
+            return Opened(attempt, refused="the transfer is open already", kind="mismatch")
         self._session, self._number = session, number
         session.add_receiver(number, self)
+        self._expire_in(body.remaining_s)
         try:
             destination = self._reserve(self.spec)
-        except EngineError as error:
-            self._end(error, notify=True)
-            return Opened(attempt, refused=str(error), kind="engine")
+        except Exception as error:
+            refusal = self._engine_error("reserve", error)
+            self._end(refusal, notify=True)
+            return Opened(attempt, refused=str(refusal)[:MAX_REASON_CHARS], kind="engine")
         if destination is None:
             return Opened(attempt, no_room=True, retry_after_s=RETRY_AFTER_S)
         self._destination = destination
@@ -135,8 +146,13 @@ class TransferReceiver:
         if state.place(chunk) is Placement.DUPLICATE:
             self.report.duplicate_chunks += 1
             return None
+        try:
+            target = self._target(chunk)
+        except Exception as error:
+            self.fail(self._engine_error("row", error))
+            return None
         if chunk.codec == RAW:
-            return self._target(chunk)
+            return target
         return self._session.scratch.take(chunk.body_bytes)
 
     def arrived(self, channel: Channel, chunk: FrameHeader, data: memoryview | None) -> None:
@@ -170,7 +186,7 @@ class TransferReceiver:
     def fail(self, error: Exception, *, tell_peer: bool = True) -> None:
         """Idempotent, and a no-op after completion."""
         word = error.reason if isinstance(error, TransferError) else TransferError.reason
-        self._end(error, notify=True, cancel=Cancel(word, str(error)[:1000]) if tell_peer else None)
+        self._end(error, notify=True, cancel=Cancel(word, str(error)[:MAX_REASON_CHARS]) if tell_peer else None)
 
     # -- inside
 
@@ -179,7 +195,11 @@ class TransferReceiver:
         row = self._rows.get(key)
         if row is None:
             assert self._destination is not None
-            row = self._rows[key] = memoryview(self._destination.row(*key)).cast("B")
+            row = memoryview(self._destination.row(*key)).cast("B")
+            wanted = self.layout.extent(chunk.layer, chunk.tensor, self.spec.tokens, self.spec.shard).row_bytes
+            if row.readonly or len(row) != wanted:
+                raise EngineError(f"row {key} of the destination is not {wanted} writable bytes (it has {len(row)})")
+            self._rows[key] = row
         return row[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]
 
     def _decode(self, channel: Channel, chunk: FrameHeader, wire: memoryview) -> None:
@@ -234,13 +254,17 @@ class TransferReceiver:
         if self._ended:
             return
         self.report.layer_at_s[layer] = time.monotonic()
-        self._on_layer(layer)
+        try:
+            self._on_layer(layer)
+        except Exception as error:
+            self.fail(self._engine_error("on_layer", error))
 
     def _complete_if_all_here(self) -> None:
         if self._ended or self._state is None or not self._state.complete:
             return
         assert self._session is not None
         self._ended = True
+        self._stop_clock()
         self.report.clock = self._session.link_clock()
         self._session.flush_acknowledgements()
         self._session.send(Ack(finished=True), self._number, FROM_RECEIVER, prefer=self._finish_channel)
@@ -253,6 +277,7 @@ class TransferReceiver:
         if self._ended:
             return
         self._ended = True
+        self._stop_clock()
         if self._session is not None:
             # From here on nothing on the wire finds the destination any more.
             self._session.remove_receiver(self._number)
@@ -263,7 +288,30 @@ class TransferReceiver:
             self._finished.set_exception(error)
             self._finished.exception()  # nobody has to await finished()
         if notify:
-            self._on_failed(error)
+            try:
+                self._on_failed(error)
+            except Exception:
+                log.exception("the engine's on_failed raised", request_id=self.spec.request_id)
+
+    def _engine_error(self, callback: str, error: Exception) -> EngineError:
+        """What the engine raised on purpose, or an EngineError for what it did not mean to raise."""
+        if isinstance(error, EngineError):
+            return error
+        log.error("the engine's callback raised", callback=callback, request_id=self.spec.request_id, exc_info=error)
+        return EngineError(f"the decode engine's {callback} raised {type(error).__name__}; its log says more")
+
+    def _expire_in(self, remaining_s: float | None) -> None:
+        """OPEN says how long the request has left; each OPEN says it anew."""
+        self._stop_clock()
+        if remaining_s is not None and remaining_s < MAX_REMAINING_S:
+            self._deadline = self._loop.call_later(max(0.0, remaining_s), self._time_ran_out)
+
+    def _time_ran_out(self) -> None:
+        self.fail(TransferCancelledError(TIME_RAN_OUT))
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
 
 
 def decode_chunk(codec: Codec, wire: memoryview, out: memoryview, dtype: str, chunk: FrameHeader) -> bool:

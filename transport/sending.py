@@ -21,8 +21,8 @@ from prfaas.common.errors import (
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvPiece, TransferReport, TransferSpec
-from prfaas.transport.frames import HEADER_BYTES, Ack, Cancel, Finish, Open, Opened
-from prfaas.transport.transfer import Cut, SendingTransfer
+from prfaas.transport.frames import HEADER_BYTES, MAX_REASON_CHARS, Ack, Cancel, Finish, Open, Opened
+from prfaas.transport.transfer import TIME_RAN_OUT, Cut, SendingTransfer
 from prfaas.transport.waiting import finish_despite_cancel
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from prfaas.transport.session import Session
 
 log = get_logger("transport")
+
+STALLED_S = 1.0
+"""After `aclose` a lane must go on taking the chunk that it has begun; one that takes nothing for so long is aborted.
+Longer than the pauses of a lossy WAN, far shorter than `dead_s`, for which the engine's memory would be held."""
 
 CANCEL_ERRORS: dict[str, type[TransferError]] = {
     error.reason: error for error in (TransferCancelledError, ChecksumError, LaneLostError, TicketError)
@@ -86,21 +90,33 @@ class TransferSender:
 
     def on_failed(self, callback: Callable[[Exception], None]) -> None:
         if self._failed is not None:
-            callback(self._failed)
+            self._tell(callback, self._failed)
         else:
             self._on_failed.append(callback)
 
-    async def open(self) -> None:
+    def _tell(self, callback: Callable[[Exception], None], error: Exception) -> None:
+        try:
+            callback(error)
+        except Exception:
+            log.exception("the engine's on_failed raised", request_id=self.spec.request_id)
+
+    async def open(self, remaining_s: float | None = None) -> None:
         if self._failed is not None:
             raise self._failed
         if self._closed or self._open:
             raise TransferCancelledError("open() of a transfer that is open or closed already")
+        late = remaining_s is not None and remaining_s < self._timeout_s
+        deadline_s = None if remaining_s is None else self._loop.time() + remaining_s
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(remaining_s if late else self._timeout_s):
                 await self._session.wait_usable()
-                opened = await self._ask()
+                opened = await self._ask(deadline_s)
         except TimeoutError:
-            error = LaneLostError(f"{self._session.peer} did not answer OPEN within {self._timeout_s:g} s")
+            error: TransferError = LaneLostError(
+                f"{self._session.peer} did not answer OPEN within {self._timeout_s:g} s"
+            )
+            if late:
+                error = TransferCancelledError(f"{TIME_RAN_OUT} before {self._session.peer} answered OPEN")
             self.fail(error)
             raise error from None
         except PeerRefusedError as error:
@@ -124,7 +140,7 @@ class TransferSender:
         self._state.opened(opened.credit_bytes)
         self._session.wake()
 
-    async def _ask(self) -> Opened:
+    async def _ask(self, deadline_s: float | None) -> Opened:
         if self.number == 0:
             self._session.add_sender(self)
         self._attempt += 1
@@ -144,6 +160,7 @@ class TransferSender:
                 model_fingerprint=spec.model_fingerprint,
                 layout_hash=spec.layout_hash,
                 dtypes=self.layout.dtypes,
+                remaining_s=None if deadline_s is None else max(0.0, deadline_s - self._loop.time()),
             ),
             self.number,
         )
@@ -172,9 +189,21 @@ class TransferSender:
                 self.fail(TransferCancelledError(f"cancelled by the prefill side: {reason}"), detail=reason)
             self._session.remove_sender(self)
         if self._readers:
-            self._unread = self._unread or self._loop.create_future()
+            if self._unread is None:
+                self._unread = self._loop.create_future()
+                self._watch_lanes({})
             await finish_despite_cancel(self._unread)
         self._inbox = []
+
+    def _watch_lanes(self, before: dict[Channel, int]) -> None:
+        """A lane that has taken nothing since the last look is given up: the engine wants its memory back."""
+        if not self._readers:
+            return
+        now = self._session.unwritten(self)
+        for channel, unwritten_bytes in now.items():
+            if before.get(channel) == unwritten_bytes:
+                channel.abort(f"{self._session.peer} took no byte of a cancelled transfer's chunk for {STALLED_S:g} s")
+        self._loop.call_later(STALLED_S, self._watch_lanes, now)
 
     # -- for the session
 
@@ -247,7 +276,7 @@ class TransferSender:
             self._inbox.clear()
         if self.number and tell_peer:
             word = error.reason if isinstance(error, TransferError) else TransferError.reason
-            self._session.broadcast(Cancel(word, (detail or str(error))[:1000]), self.number)
+            self._session.broadcast(Cancel(word, (detail or str(error))[:MAX_REASON_CHARS]), self.number)
         self._session.remove_sender(self)
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
@@ -256,7 +285,7 @@ class TransferSender:
             self._done.exception()  # nobody has to await done()
         callbacks, self._on_failed = self._on_failed, []
         for callback in callbacks:
-            callback(error)
+            self._tell(callback, error)
 
     # -- pieces from the engine's thread
 

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from functools import partial
 
 from prfaas.common.config import TransportConfig
-from prfaas.common.errors import LaneLostError, PeerRefusedError, ProtocolError
+from prfaas.common.errors import LaneLostError, PeerRefusedError, ProtocolError, TransferError
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
 from prfaas.transport.api import LinkClock
@@ -150,6 +150,7 @@ class Session:
     def lane_lost(self, channel: Channel, reason: str) -> None:
         if self._channels.get(channel.index) is channel:
             del self._channels[channel.index]
+        log.info("kv lane lost", peer=self.peer, lane=channel.index, reason=reason)
         self.counters.lanes.dec()
         self.counters.lane_losses.labels("idle" if self.idle else "with_transfers").inc()
         writing = channel.writing
@@ -164,6 +165,10 @@ class Session:
             return
         self.fail_all(LaneLostError(f"all lanes to {self.peer} were lost: {reason}"))
         self._stop_timers()
+        # The next lanes may lead to a new process behind the same name: it counts from 1, and by another clock.
+        self._answered.clear()
+        self._highest_received = 0
+        self._clock = ClockEstimator()
         self._on_empty(self)
 
     def fail_all(self, error: LaneLostError) -> None:
@@ -244,6 +249,14 @@ class Session:
         self._turns.remove(sender)
         self._encoded = deque(outgoing for outgoing in self._encoded if outgoing.sender is not sender)
         self.counters.transfers.labels("sent", "failed" if sender.failed else "completed").inc()
+
+    def unwritten(self, sender: TransferSender) -> dict[Channel, int]:
+        """The lanes that are in the middle of a chunk of `sender`, and how many bytes each has still to hand over."""
+        return {
+            channel: channel.unwritten_bytes
+            for channel in self._channels.values()
+            if channel.writing is not None and channel.writing.sender is sender
+        }
 
     def add_receiver(self, number: int, receiver: TransferReceiver) -> None:
         self._receivers[number] = receiver
@@ -327,8 +340,13 @@ class Session:
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         receiver = self._receivers.get(chunk.transfer)
         if receiver is not None:
-            return receiver.place(chunk)
-        if chunk.transfer > self._highest_received:
+            try:
+                return receiver.place(chunk)
+            except ProtocolError as error:
+                # The chunk is lost with its lane, so its transfer can't be completed; the others can.
+                receiver.fail(TransferError(f"{self.peer} broke the protocol: {error}"))
+                raise
+        if not 1 <= chunk.transfer <= self._highest_received:
             raise ProtocolError(f"CHUNK of transfer {chunk.transfer}, which was never opened")
         return None
 
@@ -384,6 +402,9 @@ class Session:
             receiver.fail(cancel_error(body, self.peer), tell_peer=False)
 
     def _open(self, channel: Channel, number: int, body: Open) -> None:
+        holder = self._receivers.get(number)
+        if number < 1 or (holder is not None and holder.spec.transfer_id != body.transfer_id):
+            raise ProtocolError(f"OPEN with number {number}, which is no number or another transfer's")
         if self._answered.get(number, 0) >= body.attempt:
             return  # the same OPEN, on another lane
         self._answered[number] = body.attempt

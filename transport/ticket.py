@@ -66,7 +66,7 @@ def _split(ticket: str) -> tuple[Claims, bytes, bytes]:
         mac = base64.urlsafe_b64decode(mac_text.encode("ascii"))
         claims = msgspec.msgpack.decode(body, type=Claims)
         claims.spec()
-    except (binascii.Error, UnicodeError, msgspec.DecodeError, ConfigError) as error:
+    except (binascii.Error, UnicodeError, msgspec.DecodeError, RecursionError, ConfigError) as error:
         raise TicketError(f"this is not a ticket: {error}") from None
     return claims, body, mac
 

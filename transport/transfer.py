@@ -25,6 +25,9 @@ CREDIT_STEP = 8
 """A CREDIT is due when an eighth of the window has been consumed since the last: few frames, never a stall."""
 
 
+TIME_RAN_OUT = "the request's time ran out"
+
+
 class Cut(NamedTuple):
     """A chunk to send: `data` is the engine's memory."""
 
