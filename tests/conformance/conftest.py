@@ -5,8 +5,41 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
 import uvloop
+from prfaas.common.config import TransportConfig
+from prfaas.transport.lanes.api import Backend
+from prfaas.transport.lanes.memory import MemoryNetwork
+from prfaas.transport.lanes.tcp import TcpBackend
+
+from tests.conformance.kv_harness import FaultyBackend, MakeBackend
 
 
 def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def backend(kind: str) -> MakeBackend:
+    return TcpBackend if kind == "tcp" else lambda _config: MemoryNetwork()
+
+
+@pytest.fixture
+def faults() -> list[FaultyBackend]:
+    return []
+
+
+@pytest.fixture
+def faulty(backend: MakeBackend, faults: list[FaultyBackend]) -> MakeBackend:
+    """The same backend with `faults[0]` to damage what arrives."""
+
+    def make(config: TransportConfig) -> Backend:
+        faults.append(FaultyBackend(backend(config)))
+        return faults[0]
+
+    return make

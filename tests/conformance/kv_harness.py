@@ -1,26 +1,46 @@
 """What the conformance suite builds on: two endpoints over a backend, layouts with every kind of KV, random content,
-and a backend whose received bytes can be damaged or held up."""
+a backend whose received bytes can be damaged, and a peer that is driven frame by frame and so can break the protocol.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 from prfaas.common.config import TransportConfig
 from prfaas.common.kv_layout import WHOLE, KvLayout, LayerLayout, Shard, TensorKind, TensorLayout, TokenRange
-from prfaas.transport.api import KvPiece, KvReceiver, KvSender, TransferSpec
+from prfaas.transport.api import KvAddress, KvPiece, KvReceiver, KvSender, TransferSpec
+from prfaas.transport.codecs.registry import CODEC_NAMES
 from prfaas.transport.endpoint import KvEndpoint
-from prfaas.transport.frames import HEADER, FrameHeader, FrameType
+from prfaas.transport.frames import (
+    HEADER,
+    MAGIC,
+    VERSION,
+    Finish,
+    FrameHeader,
+    FrameType,
+    Hello,
+    Open,
+    chunk_checksum,
+    encode_control,
+    parse_body,
+)
+from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.transfer import extents
 
 FINGERPRINT = "f" * 32
 SECRET = b"a secret of the test cluster"
+MakeBackend = Callable[[TransportConfig], Backend]
 SOON_S = 10.0
 """How long anything that must happen may take; nothing waits so long when it works."""
 
@@ -156,6 +176,21 @@ class Pair:
     near: KvEndpoint
     far: KvEndpoint
     layout: KvLayout
+    backend: Backend
+    config: TransportConfig
+
+    def endpoint(
+        self, node: str, *, secret: bytes = SECRET, fingerprint: str = FINGERPRINT, **settings: object
+    ) -> KvEndpoint:
+        """A third one on the same network; the caller closes it."""
+        return KvEndpoint(
+            dataclasses.replace(self.config, **settings),  # type: ignore[arg-type]
+            node=node,
+            layout=self.layout,
+            model_fingerprint=fingerprint,
+            secret=secret,
+            backend=self.backend,
+        )
 
     def offer(
         self, spec: TransferSpec, *, seed: int = 0, sender: KvEndpoint | None = None, room: bool = True
@@ -177,9 +212,18 @@ class Pair:
         await transfer.complete()
         return transfer
 
+    async def send_back(self, *, seed: int = 0) -> Transfer:
+        """The same from far to near, over the session that near dialled."""
+        transfer = self.offer(spec_of(self.layout), seed=seed, sender=self.far)
+        assert transfer.sender is not None
+        await transfer.sender.open()
+        transfer.put_all()
+        await transfer.complete()
+        return transfer
+
 
 @asynccontextmanager
-async def pair(backend: Callable[[TransportConfig], Backend], layout: KvLayout | None = None, **settings: object):
+async def pair(backend: MakeBackend, layout: KvLayout | None = None, **settings: object):
     layout = layout or hybrid()
     config = TransportConfig(**{"lanes": 3, "chunk_bytes": 8192, "credit_bytes": 65536, **settings})  # type: ignore[arg-type]
     made = backend(config)
@@ -191,7 +235,7 @@ async def pair(backend: Callable[[TransportConfig], Backend], layout: KvLayout |
     await near.start()
     await far.start()
     near.connect("far", far.addresses)
-    both = Pair(near, far, layout)
+    both = Pair(near, far, layout, made, config)
     try:
         yield both
     finally:
@@ -205,12 +249,14 @@ async def pair(backend: Callable[[TransportConfig], Backend], layout: KvLayout |
 
 class FaultyBackend:
     """Around any backend. `damage(header) -> bool` sees each CHUNK header that arrives; True flips a bit of its
-    payload. While `held` is set, every lane loses what it would deliver *after* the header of a CHUNK: see `hold`."""
+    payload. `garble(header) -> bool` sees every header that arrives in one piece; True makes its type unknown."""
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.damage: Callable[[FrameHeader], bool] = lambda _header: False
+        self.garble: Callable[[FrameHeader], bool] = lambda _header: False
         self.on_chunk: Callable[[FrameHeader], None] = lambda _header: None
+        self.on_connected: Callable[[], None] = lambda: None
         self.lanes: list[FaultyHandler] = []
 
     async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
@@ -241,6 +287,7 @@ class FaultyHandler:
     def connected(self, lane) -> None:  # type: ignore[no-untyped-def]
         self.lane = lane
         self._inner.connected(lane)
+        self._faults.on_connected()
 
     def next_buffer(self) -> memoryview:
         self._buffer = self._inner.next_buffer()
@@ -259,6 +306,8 @@ class FaultyHandler:
                 header = FrameHeader._make(HEADER.unpack(self._header))
                 self._header.clear()
                 self._body_left = header.body_bytes
+                if received_bytes == HEADER.size and self._faults.garble(header):
+                    data[3] = 99
                 if header.type == FrameType.CHUNK:
                     self.received_chunks += 1
                     self._damage = self._faults.damage(header)
@@ -272,5 +321,109 @@ class FaultyHandler:
         self._inner.lost(error)
 
 
-def layer_order(headers: Sequence[FrameHeader]) -> list[int]:
-    return [h.layer for h in headers]
+# -- a peer that is driven frame by frame -----------------------------------------------------------------------------
+
+
+def control_frame(type: int, body: object, **changes: int) -> bytes:
+    """Any control frame, right or wrong: `body` as msgpack (bytes: as they are), `changes` to header fields."""
+    data = body if isinstance(body, bytes) else msgspec.msgpack.encode(body)
+    header = FrameHeader(MAGIC, VERSION, type, 0, 0, 0, len(data), 0, 0, 0, 0, 0, 0, 0, 0)
+    return HEADER.pack(*header._replace(**changes)) + data
+
+
+def chunk_frame(data: bytes, place: tuple[int, int, int, int] = (0, 0, 0, 0), **changes: int) -> bytes:
+    """A CHUNK with the right checksum."""
+    layer, tensor, row, offset = place
+    checksum = chunk_checksum(memoryview(data), layer, tensor, row, offset)
+    size = len(data)
+    header = FrameHeader(
+        MAGIC, VERSION, FrameType.CHUNK, 0, 0, 0, size, 1, layer, tensor, row, offset, size, 1, checksum
+    )
+    return HEADER.pack(*header._replace(**changes)) + data
+
+
+def open_body(transfer: Transfer, *, attempt: int = 1, **changes: object) -> Open:
+    spec = transfer.spec
+    body = Open(
+        ticket=transfer.ticket,
+        attempt=attempt,
+        transfer_id=spec.transfer_id,
+        token_start=spec.tokens.start,
+        token_end=spec.tokens.end,
+        shard_index=spec.shard.index,
+        shard_count=spec.shard.count,
+        head_start=spec.shard.head_start,
+        head_end=spec.shard.head_end,
+        model_fingerprint=spec.model_fingerprint,
+        layout_hash=spec.layout_hash,
+        dtypes=transfer.layout.dtypes,
+    )
+    return msgspec.structs.replace(body, **changes)
+
+
+class RawLane:
+    """One TCP lane whose other end is a real endpoint; every frame is written and read by the test."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.hello = b""
+
+    @staticmethod
+    async def connect(address: KvAddress) -> RawLane:
+        return RawLane(*await asyncio.open_connection(address.host, address.port))
+
+    @staticmethod
+    async def dial(address: KvAddress, *, session: str = "", lane: int = 0, lanes: int = 2) -> RawLane:
+        """With a good HELLO, and the answer to it read."""
+        raw = await RawLane.connect(address)
+        raw.hello = encode_control(signed(hello_body(session or secrets.token_hex(16), lane, lanes), SECRET))
+        raw.writer.write(raw.hello)
+        await raw.until(FrameType.HELLO)
+        return raw
+
+    async def header(self) -> FrameHeader:
+        return FrameHeader._make(HEADER.unpack(await self.reader.readexactly(HEADER.size)))
+
+    async def until(self, type: FrameType) -> Any:
+        """The body of the next control frame of that type; others are read and forgotten."""
+        async with asyncio.timeout(SOON_S):
+            while True:
+                header = await self.header()
+                data = await self.reader.readexactly(header.body_bytes)
+                if header.type == type:
+                    return parse_body(type, data)
+
+    async def until_closed(self) -> None:
+        """The other end has closed the lane (with what we sent unread it is reset)."""
+        async with asyncio.timeout(SOON_S):
+            with contextlib.suppress(ConnectionError):
+                while await self.reader.read(1 << 16):
+                    pass
+
+    async def send_all(self, transfer: Transfer, number: int = 1) -> None:
+        """Every byte of an open transfer and FINISH, and the receiver's word that it has them."""
+        for sequence, ((layer, tensor, row), data) in enumerate(transfer.source.items()):
+            self.writer.write(chunk_frame(data, (layer, tensor, row, 0), transfer=number, sequence=100 + sequence))
+        self.writer.write(control_frame(FrameType.FINISH, Finish(), transfer=number))
+        while not (await self.until(FrameType.ACK)).finished:
+            pass
+
+    async def aclose(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+def hello_body(session: str, lane: int = 0, lanes: int = 1, *, answer: bool = False) -> Hello:
+    return Hello(
+        versions=(VERSION,),
+        node="raw",
+        session=session,
+        lane=lane,
+        lanes=lanes,
+        model_fingerprint=FINGERPRINT,
+        time_s=time.time(),
+        nonce=secrets.token_hex(16),
+        codecs=CODEC_NAMES,
+        answer=answer,
+    )

@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import structlog
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kv_harness import (
-    SOON_S,
-    FaultyBackend,
-    Pair,
-    dense,
-    hybrid,
-    pair,
-    spec_of,
-)
-from prfaas.common.config import TransportConfig
 from prfaas.common.errors import (
     ChecksumError,
     EngineError,
@@ -32,39 +17,19 @@ from prfaas.common.errors import (
     TransferCancelledError,
 )
 from prfaas.common.kv_layout import Shard
-from prfaas.transport.endpoint import KvEndpoint
 from prfaas.transport.frames import HEADER, MAGIC, VERSION, FrameHeader, FrameType, Ping, encode_control
-from prfaas.transport.lanes.api import Backend
-from prfaas.transport.lanes.memory import MemoryNetwork
-from prfaas.transport.lanes.tcp import TcpBackend
 
-MakeBackend = Callable[[TransportConfig], Backend]
-
-
-@pytest.fixture(params=["memory", "tcp"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def backend(kind: str) -> MakeBackend:
-    return TcpBackend if kind == "tcp" else lambda _config: MemoryNetwork()
-
-
-@pytest.fixture
-def faults(backend: MakeBackend) -> list[FaultyBackend]:
-    return []
-
-
-@pytest.fixture
-def faulty(backend: MakeBackend, faults: list[FaultyBackend]) -> MakeBackend:
-    """The same backend with `faults[0]` to damage what arrives."""
-
-    def make(config: TransportConfig) -> Backend:
-        faults.append(FaultyBackend(backend(config)))
-        return faults[0]
-
-    return make
+from tests.conformance.kv_harness import (
+    SECRET,
+    SOON_S,
+    FaultyBackend,
+    MakeBackend,
+    Pair,
+    dense,
+    hybrid,
+    pair,
+    spec_of,
+)
 
 
 async def refused(pair: Pair, spec, error: type[Exception]) -> Exception:  # type: ignore[no-untyped-def]
@@ -286,15 +251,7 @@ async def test_wrong_tickets(backend: MakeBackend) -> None:
 async def test_a_ticket_of_another_session_is_refused(backend: MakeBackend) -> None:
     """The first session that presents it owns it."""
     async with pair(backend) as p:
-        config = TransportConfig(lanes=1)
-        thief = KvEndpoint(
-            config,
-            node="thief",
-            layout=p.layout,
-            model_fingerprint="f" * 32,
-            secret=b"a secret of the test cluster",
-            backend=p.near._backend,
-        )
+        thief = p.endpoint("thief", lanes=1)
         transfer = p.offer(spec_of(p.layout))
         await transfer.sender.open()
         stolen = thief.sender(transfer.ticket, "far", p.far.addresses)
@@ -388,15 +345,7 @@ async def test_a_peer_that_restarts_is_found_again(backend: MakeBackend) -> None
         address = p.far.addresses[0]
         old_ticket, _receiver = p.far.receiver(spec_of(p.layout))
         await p.far.aclose()
-        config = TransportConfig(bind=f"{address.host}:{address.port}")
-        p.far = KvEndpoint(
-            config,
-            node="far",
-            layout=p.layout,
-            model_fingerprint="f" * 32,
-            secret=b"a secret of the test cluster",
-            backend=p.near._backend,
-        )
+        p.far = p.endpoint("far", bind=f"{address.host}:{address.port}")
         await p.far.start()
         await p.send()
         stale = p.near.sender(old_ticket, "far", p.far.addresses)
@@ -423,14 +372,7 @@ async def test_a_stranger_is_refused(backend: MakeBackend, secret: bytes | None,
     async with pair(backend) as p:
         spec = spec_of(p.layout, fingerprint=fingerprint)
         ticket, receiver = p.far.receiver(spec)
-        stranger = KvEndpoint(
-            TransportConfig(lanes=1),
-            node="stranger",
-            layout=p.layout,
-            model_fingerprint=fingerprint,
-            secret=secret or b"a secret of the test cluster",
-            backend=p.near._backend,
-        )
+        stranger = p.endpoint("stranger", secret=secret or SECRET, fingerprint=fingerprint, lanes=1)
         sender = stranger.sender(ticket, "far", p.far.addresses)
         with structlog.testing.capture_logs() as logs, pytest.raises(PeerRefusedError, match=text):
             await sender.open()
