@@ -40,6 +40,7 @@ from prfaas.common.errors import (
     RequestError,
     TransferError,
     UnavailableError,
+    UnsupportedError,
 )
 from prfaas.common.metrics import CONTENT_TYPE, Metrics
 from prfaas.services.messages import ErrorBody, ErrorDetail, to_json
@@ -59,6 +60,8 @@ SLICE_BYTES = 256 * 1024
 DEAD_PEER_S = 10.0
 """TCP_USER_TIMEOUT of every connection: unacknowledged data for so long means that the peer is gone."""
 CONNECT_TIMEOUT_S = 3.0
+CLIENT_LEFT = 499
+"""The status of a request whose client left, as nginx counts it."""
 SHUTDOWN_S = 2.0
 """How long connections may finish after the app has been told to stop; a service that drains does so before."""
 
@@ -116,6 +119,8 @@ async def listening(
         shutdown_timeout=shutdown_s,
         # A message holds the prompt's ids or text: read it in large pieces.
         read_bufsize=256 * 1024,
+        # `read_body` refuses what is compressed.
+        auto_decompress=False,
     )
     await runner.setup()
     try:
@@ -217,10 +222,25 @@ async def guard(request: web.Request, handler: Callable[[web.Request], Any]) -> 
             raise
         response = error_response(*_http_error(error, request))
     except Exception as error:
+        if client_left(request, error):
+            return web.Response(status=CLIENT_LEFT)  # which reaches nobody
         response = error_response(*describe_error(error, request_id))
+        if request.writer.output_size:
+            # A second response inside the first one would be taken for its text.
+            _cut(request)
     if not response.prepared:
         response.headers[REQUEST_ID_HEADER] = request_id
     return response
+
+
+def _cut(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def client_left(request: web.Request, error: Exception) -> bool:
+    """`error` came from writing to a client that is gone, of which the handler will be told by its cancellation."""
+    return isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing())
 
 
 def _http_error(error: web.HTTPException, request: web.Request) -> tuple[int, ErrorBody, dict[str, str]]:
@@ -296,11 +316,19 @@ async def read_body(request: web.Request) -> bytes:
     too_large = PayloadTooLargeError(f"the body is larger than {limit} bytes", code="body_too_large")
     if request.content_length is not None and request.content_length > limit:
         raise too_large
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        # A few bytes could unfold into the limit, over and over.
+        raise UnsupportedError(
+            f"content-encoding {encoding[:50]!r} is not supported; send the body as it is", code="unsupported_encoding"
+        )
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
+    except web.RequestPayloadError:
+        raise RequestError("the body broke off, or its chunks are malformed", code="invalid_body") from None
     except TimeoutError:
         raise RequestError(f"the body did not come within {BODY_TIMEOUT_S:g} s", code="body_timeout") from None
 
@@ -318,8 +346,21 @@ async def parse_json(body: bytes, kind: type[T], executor: Executor | None = Non
         return await in_thread_if(len(body) > LARGE_BODY_BYTES, executor, _decode_json, body, kind)
     except msgspec.ValidationError as error:
         raise RequestError(f"the body is not valid: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"the body is not valid UTF-8 {_where_not_utf8(body)}", code="invalid_json") from None
+    except RecursionError:
+        raise RequestError("the body is not valid: it is nested too deeply", code="invalid_json") from None
+
+
+def _where_not_utf8(body: bytes) -> str:
+    """msgspec counts from the string's beginning."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return f"at byte {error.start}"
+    return "in an escaped character"
 
 
 def _decode_json(body: bytes, kind: type[T]) -> T:

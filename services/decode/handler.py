@@ -94,8 +94,8 @@ class DecodeService:
             raise RequestError(f"token ids must be from 0 to {info.vocabulary - 1}", param="prompt")
         if info.layout.total_bytes(TokenRange(0, tokens)) > info.arena_bytes:
             raise RequestError(
-                f"the KVCache of {tokens} tokens ({len(call.prompt_token_ids)} + {call.max_output_tokens}) does not fit "
-                "this node's memory; shorten the prompt or lower max_tokens",
+                f"the KVCache of {tokens} tokens does not fit this node's memory; "
+                f"shorten the prompt of {len(call.prompt_token_ids)} or lower max_tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -127,7 +127,7 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
     arrived_s = time.monotonic()
     router = http.app[ROUTER]
     metrics = router.metrics.router
-    status = 499  # the client left, as nginx counts it
+    status = services_web.CLIENT_LEFT
     metrics.inflight_requests.inc()
     try:
         router.authenticate(http)
@@ -148,7 +148,8 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
         status = response.status
         return response
     except Exception as error:
-        status = services_web.status_of(error)
+        if not services_web.client_left(http, error):
+            status = services_web.status_of(error)
         raise
     finally:
         metrics.inflight_requests.dec()
@@ -283,6 +284,7 @@ def make_app(config: Config) -> web.Application:
     app[ROUTER] = router
     app[TIMELINES] = Timelines(config.router.timelines)
     app.cleanup_ctx.append(_running)
+    app.on_shutdown.append(_ending)
     app.router.add_post("/v1/completions", completions)
     app.router.add_post("/v1/chat/completions", chat_completions)
     app.router.add_get("/v1/models", models)
@@ -309,6 +311,11 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         )
         yield
     router.prompts.close()
+
+
+async def _ending(app: web.Application) -> None:
+    """No new connections by now. Handlers are cancelled after SHUTDOWN_S: before that, streams end with an error."""
+    app[DISPATCHER].close(services_web.SHUTDOWN_S * 0.75)
 
 
 def _count_nodes(router: Router) -> None:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -55,6 +55,8 @@ DECODE_HEADER = "x-prfaas-decode"
 
 DECODE_ATTEMPTS = 2
 """Decode nodes that a request may try."""
+LAST_WRITE_S = 1.0
+"""For the error event at the end of a stream."""
 RETRY_AFTER_S = 2
 """A node's next heartbeat is at most so far away."""
 
@@ -129,6 +131,19 @@ class Dispatcher:
         self.metrics = metrics
         self.timelines = timelines
         self.now_s = now_s
+        self._deadlines: set[asyncio.Timeout] = set()
+        self._closing = False
+
+    def close(self, grace_s: float) -> None:
+        """The router is ending: what is not done in `grace_s` fails with an answer instead of a cut connection."""
+        self._closing = True
+        for deadline in self._deadlines:
+            self._bring_forward(deadline, grace_s)
+
+    def _bring_forward(self, deadline: asyncio.Timeout, grace_s: float) -> None:
+        at_s, when_s = asyncio.get_running_loop().time() + grace_s, deadline.when()
+        if not deadline.expired() and (when_s is None or at_s < when_s):
+            deadline.reschedule(at_s)
 
     async def run(self, http: web.Request, job: Job) -> web.StreamResponse:
         """Answer `http`. Raises PrfaasError while nothing has been sent; later failures are an event in the stream.
@@ -137,25 +152,39 @@ class Dispatcher:
         """
         progress = Progress(RouterInstants(job.arrived_s))
         try:
-            async with asyncio.timeout_at(job.deadline_s):
+            async with self._deadline(job):
                 response = await self._until_done(http, job, progress)
             progress.outcome = "done"
             return response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):  # nodes' broken connections are NodeCallErrors by now
             progress.outcome = "cancelled"
-            self.metrics.cancels.labels("client").inc()
+            self.metrics.cancels.labels("shutdown" if self._closing else "client").inc()
             raise
         except (PrfaasError, TimeoutError) as error:
             if isinstance(error, TimeoutError):
-                self.metrics.cancels.labels("timeout").inc()
+                self.metrics.cancels.labels("shutdown" if self._closing else "timeout").inc()
+                if self._closing:
+                    error = UnavailableError("this router is shutting down; ask another one, or try again")
             if progress.response is None:
                 if isinstance(error, NodeCallError):
                     return _refused(error, job.request_id)
-                raise
-            await _end_with_error(progress.response, error, job.request_id)
+                raise error
+            await _end_with_error(http, progress.response, error, job.request_id)
             return progress.response
         finally:
             self._account(job, progress)
+
+    @asynccontextmanager
+    async def _deadline(self, job: Job) -> AsyncIterator[None]:
+        """Raises TimeoutError at the job's deadline, or at the router's end."""
+        if self._closing:
+            raise UnavailableError("this router is shutting down; ask another one, or try again")
+        async with asyncio.timeout_at(job.deadline_s) as deadline:
+            self._deadlines.add(deadline)
+            try:
+                yield
+            finally:
+                self._deadlines.discard(deadline)
 
     async def _until_done(self, http: web.Request, job: Job, progress: Progress) -> web.StreamResponse:
         """Attempt after attempt; which failure allows another one is decided in `_may_repeat`."""
@@ -398,13 +427,19 @@ def _refused(error: NodeCallError, request_id: str) -> web.Response:
     return error_response(*describe_error(UnavailableError(message, retry_after_s=RETRY_AFTER_S), request_id))
 
 
-async def _end_with_error(response: web.StreamResponse, error: Exception, request_id: str) -> None:
-    """As OpenAI ends a stream that failed: an error object instead of a chunk, and no [DONE]."""
+async def _end_with_error(http: web.Request, response: web.StreamResponse, error: Exception, request_id: str) -> None:
+    """As OpenAI ends a stream that failed: an error object instead of a chunk, and no [DONE]. A client that reads
+    nothing is cut off."""
     if isinstance(error, NodeCallError | ProtocolError):
         logger.error("stream_broken", error=str(error))
         detail = ErrorDetail("the stream broke off; the output is incomplete", "server_error", None, "stream_broken")
         body = ErrorBody(detail)
     else:
         body = describe_error(error, request_id)[1]
-    await response.write(b"data: %b\n\n" % to_json(body))
-    await response.write_eof()
+    try:
+        async with asyncio.timeout(LAST_WRITE_S):
+            await response.write(b"data: %b\n\n" % to_json(body))
+            await response.write_eof()
+    except TimeoutError:
+        if http.transport is not None:
+            http.transport.abort()

@@ -55,10 +55,16 @@ FIELDS: Mapping[Kind, frozenset[str]] = {
     "chat": COMMON_FIELDS | {"messages", "max_completion_tokens"},
     "completion": COMMON_FIELDS | {"prompt", "echo"},
 }
-NOTES = frozenset({
-    "user", "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "request_id",
-})  # fmt: skip
+NOTES: Mapping[str, tuple[type, str]] = {
+    "user": (str, "a string"),
+    "metadata": (dict, "an object"),
+    "service_tier": (str, "a string"),
+    "store": (bool, "true or false"),
+    "safety_identifier": (str, "a string"),
+    "prompt_cache_key": (str, "a string"),
+    "prompt_cache_retention": (str, "a string"),
+    "request_id": (str, "a string"),
+}
 """They say something about the request and change nothing of its answer."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -144,7 +150,12 @@ def parse_request(kind: Kind, body: Any) -> GenerationRequest:
 def _refuse_unsupported(kind: Kind, body: Mapping[str, Any]) -> None:
     known = FIELDS[kind]
     for name, value in body.items():
-        if name in known or name in NOTES or value is None:
+        if name in known or value is None:
+            continue
+        if name in NOTES:
+            kind_of_note, wanted = NOTES[name]
+            if not isinstance(value, kind_of_note):
+                raise _wrong(name, wanted, value)
             continue
         if name in NEUTRAL:
             if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
@@ -196,7 +207,9 @@ def _prompt(body: Mapping[str, Any]) -> str | list[int]:
     # `type` and not isinstance: JSON's true is no token id, and this is one pass over a long list at C speed.
     if isinstance(prompt, list) and set(map(type, prompt)) != {int}:
         wrong = next(value for value in prompt if type(value) is not int)
-        raise _wrong("prompt", "a string or a list of token ids; one of the ids is", wrong)
+        raise RequestError(
+            f"prompt must be a string or a list of token ids; {_show(wrong)} is no token id", param="prompt"
+        )
     return prompt
 
 

@@ -56,6 +56,9 @@ def completion(**fields: Any) -> GenerationRequest:
         ("stop_token_ids", [-1]),
         ("stop_token_ids", "5"),
         ("stream_options", {"include_usage": True}),
+        ("user", 5),
+        ("metadata", "m"),
+        ("store", "yes"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field: str, value: Any) -> None:

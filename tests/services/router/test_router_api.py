@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 from typing import Any
 
+import aiohttp
+import msgspec
 import pytest
+import structlog
+from aiohttp import web
 from prfaas.common.config import ClusterConfig, Config, RouterConfig
 from prfaas.common.errors import ConfigError
+from prfaas.common.metrics import Metrics
 from prfaas.services import web as services_web
 from prfaas.services.router.app import make_app, read_api_keys, run
 from prfaas.services.web import Signer
@@ -21,7 +28,10 @@ BODY = {"model": "stub-model", "prompt": "Hi"}
         (b"{", 400, "not valid JSON"),
         (b"", 400, "not valid JSON"),
         (b"[]", 400, "must be a JSON object"),
-        (b'{"model": "m", "prompt": "\xff\xfe"}', 400, "not valid JSON"),
+        (b'{"model": "m", "prompt": "ab\xff\xfe"}', 400, "not valid UTF-8 at byte 28"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, 400, "nested too deeply"),
+        (BODY | {"prompt": [1, 2.5]}, 400, "2.5 is no token id"),
         (b'{"model": "stub-model", "prompt": "\\ud800"}', 400, "not valid"),
         (b" " * 200_001, 413, "larger than 200000 bytes"),
         ({"prompt": "Hi"}, 400, "model is required"),
@@ -52,6 +62,25 @@ async def test_a_chunked_body_over_the_limit_is_refused(cluster: Any) -> None:
 
     async with cluster.session.post(cluster.url + PATH, data=parts()) as response:
         assert response.status == 413
+
+
+async def test_a_compressed_body_is_refused(cluster: Any) -> None:
+    """Good gzip or not: it is named, and nothing unfolds."""
+    for data in (gzip.compress(msgspec.json.encode(BODY)), b"no gzip at all"):
+        status, body, _ = await cluster.post(PATH, data, **{"content-encoding": "gzip"})
+        assert (status, body["error"]["code"]) == (400, "unsupported_encoding")
+
+
+async def test_a_body_that_breaks_off_is_refused(cluster: Any) -> None:
+    """Malformed chunks are the client's mistake: 400, not 500."""
+    host, port = cluster.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST %b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n" % PATH.encode())
+    await asyncio.sleep(0)
+    writer.write(b"not hex\r\n")
+    async with asyncio.timeout(5):
+        assert b" 400 " in await reader.readline()
+    writer.close()
 
 
 async def test_keys_are_asked_for(make_cluster: Any) -> None:
@@ -161,6 +190,52 @@ async def test_a_bug_is_told_as_a_request_id_only(cluster: Any, monkeypatch: pyt
     assert status == 500
     assert headers["x-request-id"] in body["error"]["message"]
     assert "secret" not in body["error"]["message"]
+
+
+async def test_a_bug_in_a_stream_cuts_it(cluster: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error body in the middle of a stream would be taken for its text: the connection is cut instead."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        await out.chunk([1], scripts.chunk(call, "Hello"))
+        await node.go.wait()
+        await out.chunk([2], scripts.chunk(call, "!"))
+
+    node = await cluster.add("d1", decode=decode)
+    async with cluster.session.post(cluster.url + PATH, json=BODY | {"stream": True}) as response:
+        assert b"Hello" in await response.content.readline()
+
+        def broken(*_: Any) -> None:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr("prfaas.services.router.dispatch.Dispatcher._note", broken)
+        node.go.set()
+        with pytest.raises(aiohttp.ClientError):
+            async with asyncio.timeout(5):
+                await response.content.read()
+
+
+async def test_writing_to_a_client_that_left_is_no_error_of_ours() -> None:
+    """It is not logged as one, and others are served."""
+
+    async def late(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.close()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        return response
+
+    app = services_web.make_app(Metrics(), not_ready=lambda: None)
+    app.router.add_get("/late", late)
+    with structlog.testing.capture_logs() as logs:
+        async with (
+            services_web.listening(app, "127.0.0.1:0", secret=b"", shutdown_s=0.05) as (host, port),
+            services_web.client_session() as session,
+        ):
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(f"http://{host}:{port}/late")
+            assert (await session.get(f"http://{host}:{port}/healthz")).status == 200
+    assert logs == []
 
 
 async def test_a_bind_outside_loopback_needs_a_secret() -> None:

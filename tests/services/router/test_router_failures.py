@@ -9,6 +9,7 @@ import msgspec
 import openai
 import pytest
 from prfaas.services.router import upstream
+from prfaas.services.router.app import DISPATCHER
 
 CHAT: Any = {"model": "stub-model", "messages": [{"role": "user", "content": "Hi"}]}
 PATH = "/v1/chat/completions"
@@ -169,3 +170,20 @@ async def test_a_request_ends_at_its_deadline(make_cluster: Any, scripts: Any) -
     status, body, _ = await cluster.post(PATH, CHAT)
     assert (status, body["error"]["code"]) == (504, "timeout")
     await scripts.within(node.cancelled)
+
+
+async def test_a_router_that_ends_tells_its_clients(cluster: Any, scripts: Any) -> None:
+    """A stream gets an error event, a request that waits a 503; both are counted as ended by the shutdown."""
+    node = await cluster.add("d1", decode=scripts.one_word_then_hang)
+    async with cluster.session.post(cluster.url + PATH, json=CHAT | {"stream": True}) as response:
+        assert b"Hello" in await response.content.readline()
+        node.called.clear()
+        waiting = asyncio.create_task(cluster.post(PATH, CHAT))
+        await scripts.within(node.called)
+        cluster.app[DISPATCHER].close(0.05)
+        error = (await read_events(response))[-1]["error"]
+        assert (error["code"], "shutting down" in error["message"]) == ("unavailable", True)
+        status, _, headers = await waiting
+        assert (status, headers["retry-after"]) == (503, "1")
+    assert (await cluster.post(PATH, CHAT))[0] == 503
+    assert cluster.metric("prfaas_router_cancels_total", reason="shutdown") == 2
