@@ -400,6 +400,13 @@ class RawLane:
                 while await self.reader.read(1 << 16):
                     pass
 
+    async def flood(self, frame: bytes) -> None:
+        """Write until the other end has had enough (ConnectionError); read nothing."""
+        while True:
+            self.writer.write(frame)
+            await self.writer.drain()
+            await asyncio.sleep(0)
+
     async def send_all(self, transfer: Transfer, number: int = 1) -> None:
         """Every byte of an open transfer and FINISH, and the receiver's word that it has them."""
         for sequence, ((layer, tensor, row), data) in enumerate(transfer.source.items()):

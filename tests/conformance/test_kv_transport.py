@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
 import structlog
@@ -17,29 +16,18 @@ from prfaas.common.errors import (
     TransferCancelledError,
 )
 from prfaas.common.kv_layout import Shard
-from prfaas.transport.frames import HEADER, MAGIC, VERSION, FrameHeader, FrameType, Ping, encode_control
+from prfaas.transport.frames import FrameHeader
 
 from tests.conformance.kv_harness import (
     SECRET,
     SOON_S,
     FaultyBackend,
     MakeBackend,
-    Pair,
     dense,
     hybrid,
     pair,
     spec_of,
 )
-
-
-async def refused(pair: Pair, spec, error: type[Exception]) -> Exception:  # type: ignore[no-untyped-def]
-    transfer = pair.offer(spec)
-    with pytest.raises(error) as caught:
-        await transfer.sender.open()
-    await transfer.sender.aclose()
-    await transfer.receiver.aclose()
-    return caught.value
-
 
 # -- what must arrive -------------------------------------------------------------------------------------------------
 
@@ -381,63 +369,6 @@ async def test_a_stranger_is_refused(backend: MakeBackend, secret: bytes | None,
         await receiver.aclose()
         await stranger.aclose()
         await p.send()
-
-
-# -- garbage on the port ----------------------------------------------------------------------------------------------
-
-
-def chunk_header(**changes: int) -> bytes:
-    header = FrameHeader(MAGIC, VERSION, FrameType.CHUNK, 0, 0, 0, 64, 1, 0, 0, 0, 0, 64, 1, 0)
-    return HEADER.pack(*header._replace(**changes))
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"." * 40, "not a PrfaaS frame"),
-        (chunk_header(version=77), "version 77"),
-        (chunk_header(type=FrameType.FETCH), "reserved"),
-        (chunk_header(type=FrameType.HELLO, body_bytes=1 << 31), "the limit is"),
-        (chunk_header(), "not legal before HELLO"),
-        (encode_control(Ping(1.0)), "not legal before HELLO"),
-        (chunk_header(type=FrameType.HELLO, body_bytes=8) + b"\xc1" * 8, "HELLO"),
-    ],
-    ids=["http", "version", "reserved", "oversized", "chunk-first", "ping-first", "not-msgpack"],
-)
-async def test_garbage_is_logged_with_its_reason_and_disturbs_nobody(
-    backend: MakeBackend, kind: str, data: bytes, reason: str
-) -> None:
-    """A stranger writes to the port while a transfer is running; the transfer completes with the same bytes."""
-    if kind == "memory":
-        pytest.skip("no port to write to")
-    async with pair(backend, dense()) as p:
-        transfer = p.offer(spec_of(p.layout))
-        await transfer.sender.open()
-        address = p.far.addresses[0]
-        with structlog.testing.capture_logs() as logs:
-            reader, writer = await asyncio.open_connection(address.host, address.port)
-            writer.write(data)
-            transfer.put_all()
-            async with asyncio.timeout(SOON_S):
-                with contextlib.suppress(ConnectionResetError):  # closed with our bytes unread
-                    await reader.read(-1)
-            writer.close()
-            await transfer.complete()
-        assert [e for e in logs if e["event"] == "kv lane closed" and reason in e["reason"]], logs
-
-
-async def test_a_truncated_frame_holds_nothing(backend: MakeBackend, kind: str) -> None:
-    """Half a header, then silence, then a close: no transfer notices."""
-    if kind == "memory":
-        pytest.skip("no port to write to")
-    async with pair(backend, dense(), open_timeout_s=0.2) as p:
-        address = p.far.addresses[0]
-        reader, writer = await asyncio.open_connection(address.host, address.port)
-        writer.write(chunk_header()[:10])
-        await p.send()
-        async with asyncio.timeout(SOON_S):
-            await reader.read(-1)
-        writer.close()
 
 
 async def test_sessions_without_transfers_can_be_forgotten(backend: MakeBackend) -> None:
