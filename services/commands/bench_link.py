@@ -9,12 +9,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from prfaas.common.config import MIB
 from prfaas.common.errors import UsageError
 from prfaas.services.commands.bench_load import MODEL_VARIABLE
+from prfaas.services.commands.progress import progress_bar
+from prfaas.services.model_store import ensure_model
 
 LOAD = "prfaas.services.commands.bench_load:prefill_load"
 TARGET_HASHED = 0.9
@@ -25,8 +27,6 @@ TARGET_BUSY = 0.8
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when every judged ratio reaches its target, else 1."""
     options = parser().parse_args(argv)
-    if options.engine_busy and not options.model:
-        raise UsageError("--engine-busy needs --model DIRECTORY (a converted model; `prfaas demo` makes one)")
     common = {
         "bytes": options.bytes_mib * MIB,
         "lanes": options.lanes,
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     }
     report = measure(common, options.repetitions)
     if options.engine_busy:
-        os.environ[MODEL_VARIABLE] = options.model
+        with progress_bar() as progress:
+            os.environ[MODEL_VARIABLE] = str(ensure_model(options.model, progress))
         report["engine_busy"] = measure_busy(common, options.repetitions, options.busy_load)
     print(json.dumps(report) if options.json else as_text(report))
     return 0 if all(passed(report)) else 1
@@ -47,16 +48,29 @@ def parser() -> argparse.ArgumentParser:
         description="Move KV between two processes over loopback, next to a bare BufferedProtocol pair.",
         epilog="example: prfaas bench link --json --lanes 1 --bytes-mib 1024",
     )
-    made.add_argument("--bytes-mib", type=int, default=1024, help="KV to move in each repetition, MiB (1024)")
-    made.add_argument("--lanes", type=int, default=1, help="connections (1)")
-    made.add_argument("--chunk-kib", type=int, default=1024, help="chunk size, KiB (1024)")
+    made.add_argument(
+        "--bytes-mib", type=_whole(64, 1 << 20), default=1024, help="KV of each repetition, MiB (1024)"
+    )
+    made.add_argument("--lanes", type=_whole(1, 64), default=1, help="connections (1)")
+    made.add_argument("--chunk-kib", type=_whole(4, 4096), default=1024, help="chunk size, KiB (1024)")
     made.add_argument("--codec", choices=("raw", "lz4", "zstd"), default="raw", help="codec of our side (raw)")
-    made.add_argument("--repetitions", type=int, default=5, help="interleaved repetitions; medians count (5)")
+    made.add_argument(
+        "--repetitions", type=_whole(1, 1000), default=5, help="in turn with the peers; medians count (5)"
+    )
     made.add_argument("--engine-busy", action="store_true", help="also with a real prefill in the same process")
-    made.add_argument("--model", default="", help="directory of the model for --engine-busy")
+    made.add_argument("--model", default="smollm2", help="of --engine-busy: smollm2, a directory or Hugging Face id")
     made.add_argument("--busy-load", default=LOAD, help=argparse.SUPPRESS)
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least} to {most}")
+        return int(text)
+
+    return check
 
 
 def measure(common: dict[str, Any], repetitions: int) -> dict[str, Any]:
@@ -67,14 +81,20 @@ def measure(common: dict[str, Any], repetitions: int) -> dict[str, Any]:
             done.append(run_pair({**common, "mode": mode}))
     speed = {mode: statistics.median(r["gb_per_s"] for r in done) for mode, done in runs.items()}
     ours = runs["prfaas"]
+
+    def ratio_to(peer: str) -> float:
+        """Pair by pair, since the machine's speed drifts from one repetition to the next."""
+        pairs = zip(ours, runs[peer], strict=True)
+        return round(statistics.median(mine["gb_per_s"] / other["gb_per_s"] for mine, other in pairs), 3)
+
     return {
         **common,
         "repetitions": repetitions,
         "gb_per_s": round(speed["prfaas"], 3),
         "peer_hashing_gb_per_s": round(speed["hash"], 3),
         "peer_bare_gb_per_s": round(speed["bare"], 3),
-        "ratio_to_hashing": round(speed["prfaas"] / speed["hash"], 3),
-        "ratio_to_bare": round(speed["prfaas"] / speed["bare"], 3),
+        "ratio_to_hashing": ratio_to("hash"),
+        "ratio_to_bare": ratio_to("bare"),
         "sender_cpu_s_per_gb": round(statistics.median(r["sender_cpu_s_per_gb"] for r in ours), 3),
         "receiver_cpu_s_per_gb": round(statistics.median(r["receiver_cpu_s_per_gb"] for r in ours), 3),
         "wire_ratio": round(ours[0]["raw_bytes"] / ours[0]["wire_bytes"], 3),
@@ -94,7 +114,9 @@ def measure_busy(common: dict[str, Any], repetitions: int, load: str) -> dict[st
                 beside.append(run_pair({**common, "mode": "prfaas"})["gb_per_s"])
         report[f"{side}_gb_per_s"] = round(statistics.median(inside), 3)
         report[f"{side}_beside_gb_per_s"] = round(statistics.median(beside), 3)
-        report[f"{side}_ratio"] = round(statistics.median(inside) / statistics.median(beside), 3)
+        report[f"{side}_ratio"] = round(
+            statistics.median(mine / other for mine, other in zip(inside, beside, strict=True)), 3
+        )
     return report
 
 

@@ -1,4 +1,4 @@
-"""The engine's load for `prfaas bench link --engine-busy`: prefill of a real model in one torch thread."""
+"""The engine's load for `prfaas bench link --engine-busy`: the engine prefills a real model in one torch thread."""
 
 from __future__ import annotations
 
@@ -6,21 +6,11 @@ import os
 import threading
 
 MODEL_VARIABLE = "PRFAAS_BENCH_MODEL"
-STEP_TOKENS = 512
+"""Its directory, for the processes of the benchmark."""
 
 
 def prefill_load(stop: threading.Event, ready: threading.Event) -> None:
-    """Prefill 512 tokens again and again until `stop`; sets `ready` after the first time. The model's directory is in
-    the environment (PRFAAS_BENCH_MODEL)."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Blocks until `stop`; sets `ready` when the model is loaded and the first step begins."""
+    from prfaas.services.engine.transformers.busy import busy_load
 
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(
-        os.environ[MODEL_VARIABLE], dtype=torch.bfloat16, local_files_only=True
-    )
-    ids = torch.arange(STEP_TOKENS).unsqueeze(0)
-    with torch.inference_mode():
-        while not stop.is_set():
-            model(ids, use_cache=True, logits_to_keep=1)
-            ready.set()
+    busy_load(stop, os.environ[MODEL_VARIABLE], ready=ready)

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import uvloop
 import xxhash
+from prfaas.common import log
 from prfaas.common.config import TransportConfig
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.transport.api import KvAddress, KvPiece, TransferSpec
@@ -273,6 +274,8 @@ def start_load(name: str) -> threading.Event:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    # To stderr: stdout is the wire to the command.
+    log.configure("warning", "console")
     stop = start_load(options["load"]) if options.get("load") else None
     role = options["role"]
     if role == "load":
