@@ -49,6 +49,7 @@ from prfaas.services.router.upstream import (
 )
 from prfaas.services.web import REQUEST_ID_HEADER, describe_error, error_response
 
+DONE = b"data: [DONE]\n\n"
 REASON_HEADER = "x-prfaas-reason"
 PREFILL_HEADER = "x-prfaas-prefill"
 DECODE_HEADER = "x-prfaas-decode"
@@ -196,7 +197,7 @@ class Dispatcher:
                 return await self._attempt(http, job, progress, attempt)
             except NodeCallError as error:
                 if isinstance(error, NodeUnreachableError):
-                    self.registry.unreachable(error.node)
+                    self.registry.unreachable(error.node, self.now_s())
                 if progress.response is not None or not self._may_repeat(attempt, progress, error):
                     raise
                 fallback = f"{error.node.role}_{error.reason}"
@@ -233,7 +234,7 @@ class Dispatcher:
         progress.decode_attempts += 1
         if isinstance(error, NodeUnreachableError | NodeRefusedError):
             # A node that refuses now (draining) would be asked again: it is no better than one that is gone.
-            self.registry.unreachable(error.node)
+            self.registry.unreachable(error.node, self.now_s())
             return progress.decode_attempts < DECODE_ATTEMPTS
         if attempt.prefill is not None and not progress.prefill_gave_up:
             progress.prefill_gave_up = True
@@ -253,6 +254,7 @@ class Dispatcher:
             try:
                 async with self.nodes.call(attempt.decode, "/decode", body, job.request_id) as call:
                     ticket, batch = await _read_ticket(call)
+                    self.registry.reached(attempt.decode)
                     if attempt.prefill is not None and ticket.ticket:
                         progress.instants.ticket_s = self.now_s()
                         prefill = self._start_prefill(job, attempt, ticket, call, progress)
@@ -279,7 +281,11 @@ class Dispatcher:
             max(0.0, job.deadline_s - self.now_s()),
         )
 
+        prefill = attempt.prefill
+
         def ended(task: asyncio.Task[PrefillResult]) -> None:
+            if not task.cancelled() and task.exception() is None:
+                self.registry.reached(prefill)
             # After the first token all KV has arrived: what happens to the call then changes nothing.
             if not task.cancelled() and (error := task.exception()) is not None and not progress.output_tokens:
                 call.fail(error if isinstance(error, Exception) else RuntimeError("prefill was interrupted"))
@@ -291,29 +297,29 @@ class Dispatcher:
     async def _relay(
         self, http: web.Request, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None
     ) -> web.StreamResponse:
-        """Every event as it comes; those that come together in one write."""
+        """Every event as it comes; those that come together in one write, the last ones with the end of the body."""
         held: list[bytes] = []
         response: web.StreamResponse | None = None
-        done = False
         while batch is not None:
             self._note(progress, batch)
             if batch.output_tokens:
                 progress.instants.token_came(self.now_s())
-            if response is not None:
-                if batch.relay:
-                    await response.write(b"".join(batch.relay))
-            elif batch.relay:
+            if batch.relay:
                 held += batch.relay
-                if progress.output_tokens or held[-1] == b"data: [DONE]\n\n":
+                done = held[-1] == DONE
+                if response is None and (done or progress.output_tokens):
                     response = progress.response = _stream_response(job.request_id, attempt)
                     await response.prepare(http)
-                    await response.write(b"".join(held))
-            done = done or (bool(batch.relay) and batch.relay[-1] == b"data: [DONE]\n\n")
+                if response is not None:
+                    data = b"".join(held)
+                    held.clear()
+                    if done:
+                        await response.write_eof(data)
+                        await call.read_to_end()
+                        return response
+                    await response.write(data)
             batch = await call.read()
-        if not done or response is None:
-            raise NodeUnreachableError(attempt.decode, "it ended its stream before the output was complete")
-        await response.write_eof()
-        return response
+        raise NodeUnreachableError(attempt.decode, "it ended its stream before the output was complete")
 
     async def _collect(
         self, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None

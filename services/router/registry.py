@@ -21,6 +21,10 @@ from yarl import URL
 LEASE_S = 10.0
 FORGET_S = 600.0
 """A node that has been silent for so long loses its row; until then `nodes` shows it as lost."""
+BACK_OFF_S = 2.0
+"""A node whose heartbeats come but which calls don't reach is left alone, longer each time …"""
+MAX_BACK_OFF_S = 30.0
+"""… up to this."""
 MAX_NODES = 4096
 MAX_KV_ADDRESSES = 256
 
@@ -48,6 +52,10 @@ class Node:
     draining: bool
     clock_error_s: float
     reachable: bool = True
+    failures: int = 0
+    """Calls in a row that did not reach it, those together counted once."""
+    retry_at_s: float = 0.0
+    """Heartbeats before it don't make the node reachable."""
     own_requests: int = 0
     own_tokens: int = 0
     """Dispatched by this router and not done."""
@@ -103,7 +111,7 @@ class Registry:
             row = known.row
             if known.epoch != message.epoch:
                 news, known = "restarted", None
-            elif not known.reachable or known.lease_until_s <= now_s:
+            elif now_s >= known.retry_at_s and (not known.reachable or known.lease_until_s <= now_s):
                 news = "back"
         node = known or Node(
             row, message.node, message.epoch, message.region, message.role, url, [], "", "", "", 0, 0.0, False, 0.0
@@ -205,10 +213,18 @@ class Registry:
         finally:
             self._add(node, -1, -tokens)
 
-    def unreachable(self, node: Node) -> None:
-        """A call to it failed: not usable until its next heartbeat."""
-        node.reachable = False
-        self._admit(node)
+    def unreachable(self, node: Node, now_s: float) -> None:
+        """A call to it failed: not usable until its next heartbeat; when that was in vain, until a later one."""
+        if node.reachable:
+            back_off_s = min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** min(node.failures - 1, 10)) if node.failures else 0.0
+            node.retry_at_s = now_s + back_off_s
+            node.failures += 1
+            node.reachable = False
+            self._admit(node)
+
+    def reached(self, node: Node) -> None:
+        """A call to it was answered."""
+        node.failures = 0
 
     def _add(self, node: Node, requests: int, tokens: int) -> None:
         node.own_requests += requests
@@ -280,5 +296,5 @@ def _renew(node: Node, message: Heartbeat, url: URL, now_s: float) -> None:
     node.layout_hash, node.max_model_tokens = message.layout_hash, message.max_model_tokens
     node.clock_error_s = message.clock_error_s
     node.draining = message.draining
-    node.reachable = True
+    node.reachable = now_s >= node.retry_at_s
     node.lease_until_s = now_s + LEASE_S

@@ -22,6 +22,8 @@ from yarl import URL
 
 SILENT_S = 10.0
 """Nodes write a ping comment every 2 s: one that is silent for so long is dead."""
+END_S = 1.0
+"""From a node's last event to the end of its body."""
 MAX_ERROR_BYTES = 1 << 20
 
 T = TypeVar("T")
@@ -97,6 +99,13 @@ class NodeCall:
                 detail = _error_detail(event)
                 raise NodeFailedError(self.node, detail.message, detail)
         return batch
+
+    async def read_to_end(self) -> None:
+        """After the last event that counts, so that the connection can be used again; if it breaks now, no matter."""
+        with suppress(NodeCallError, TimeoutError):
+            async with asyncio.timeout(END_S):
+                while await self.read() is not None:
+                    pass
 
     def fail(self, error: Exception) -> None:
         """Make the reader, who may be waiting, raise `error`."""

@@ -10,7 +10,7 @@ log.configure("info", "json")
 log.bind_request("req-7")
 logger = log.get_logger("router")
 logger.debug("not shown")
-logger.info("decided", reason="offloaded", cluster_secret="hunter2", ticket="abc")
+logger.info("decided", reason="offloaded", cluster_secret="hunter2", ticket="abc", peer="\\udcff")
 """
 
 
@@ -27,5 +27,6 @@ def test_json_lines_carry_the_request_id_and_hide_secrets():
         "reason": "offloaded",
         "cluster_secret": "<hidden>",
         "ticket": "<hidden>",
+        "peer": "\udcff",
         "timestamp": "",
     }

@@ -145,12 +145,36 @@ def test_draining_unreachable_and_leaving_nodes_are_not_chosen() -> None:
     registry.heartbeat(msgspec.structs.replace(beat("a"), draining=True), 0)
     assert choose(registry, 1) == (None, None)
     registry.heartbeat(beat("a"), 1)
-    registry.unreachable(node)
+    registry.unreachable(node, 1)
     assert choose(registry, 1) == (None, None)
     registry.heartbeat(beat("a"), 2)
     assert choose(registry, 2) == (None, "a")
     registry.heartbeat(msgspec.structs.replace(beat("a"), leaving=True), 3)
     assert choose(registry, 3) == (None, None)
+
+
+def test_a_node_that_beats_but_never_answers_is_left_alone_longer_each_time() -> None:
+    """Its heartbeats don't send it request after request; many calls that fail together count once, and an answer
+    forgets it all."""
+    registry = Registry()
+    node = register(registry, beat("a"))
+
+    def usable_after(failed_s: float) -> float:
+        """Seconds until a heartbeat made it usable again."""
+        for _ in range(5):
+            registry.unreachable(node, failed_s)
+        for waited_s in range(60):
+            news = registry.heartbeat(beat("a"), failed_s + waited_s).news
+            assert (news == "back") == (choose(registry, failed_s + waited_s)[1] is not None)
+            if news:
+                return waited_s
+        return 60
+
+    assert [usable_after(100.0 * i) for i in range(8)] == [0, 2, 4, 8, 16, 30, 30, 30]
+    registry.reached(node)
+    assert usable_after(1000) == 0
+    register(registry, beat("a", epoch="2"), 1001)
+    assert choose(registry, 1001) == (None, "a")
 
 
 def test_a_row_is_used_again() -> None:
