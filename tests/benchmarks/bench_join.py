@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import aiohttp
-from prfaas.services.commands.demo import _Demo, parser
+from prfaas.services.commands.demo import Demo, parser
 from prfaas.services.commands.demo.cluster import Plan, running
 from prfaas.services.model_store import ensure_model
 from rich.console import Console
@@ -76,8 +76,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan("transformers", model, given.dtype, 500.0, 20.0, secrets.token_hex(16), Path(folder))
         with running(plan) as cluster:
-            demo = _Demo(parser().parse_args([]), Console(quiet=True), cluster)
-            demo._settle()
+            demo = Demo(parser().parse_args([]), Console(quiet=True), cluster)
+            demo.settle()
             runs = [
                 asyncio.run(one_run(cluster.router_url, demo.model, given.streams, given.prompt_tokens))
                 for _ in range(given.runs)

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prfaas.services.commands.demo import _Demo, parser, report
+from prfaas.services.commands.demo import Demo, parser, report
 from prfaas.services.commands.demo.cluster import Plan, running
 from prfaas.services.commands.demo.report import Run
 from prfaas.services.model_store import ensure_model
@@ -31,13 +31,13 @@ def measure(rate_mbit: float, delay_ms: float, runs: int, prompt_tokens: int, mo
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan("transformers", model, dtype, rate_mbit, delay_ms, secrets.token_hex(16), Path(folder))
         with running(plan) as cluster:
-            demo = _Demo(given, Console(quiet=True), cluster)
-            demo._settle()
-            layerwise = [demo._ask(TOKENS, stream=False) for _ in range(runs)]
+            demo = Demo(given, Console(quiet=True), cluster)
+            demo.settle()
+            layerwise = [demo.answer(TOKENS, stream=False) for _ in range(runs)]
             cluster.stop("prefill")
             cluster.start_prefill(send="after_prefill")
-            demo._settle()
-            after = [demo._ask(TOKENS, stream=False) for _ in range(runs)]
+            demo.settle()
+            after = [demo.answer(TOKENS, stream=False) for _ in range(runs)]
     return verdict(layerwise, after, rate_mbit, delay_ms)
 
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="prfaas-demo-"))
     try:
         with running(_plan(given, folder)) as cluster:
-            _Demo(given, console, cluster).run()
+            Demo(given, console, cluster).run()
     except SetupError as error:
         raise SetupError(f"{error}\nthe logs of all processes are in {folder}") from error
     except BaseException:
@@ -119,7 +119,7 @@ def _plan(given: argparse.Namespace, folder: Path) -> Plan:
     )
 
 
-class _Demo:
+class Demo:
     """The course of events on a running cluster."""
 
     def __init__(self, given: argparse.Namespace, console: Console, cluster: Cluster) -> None:
@@ -136,7 +136,7 @@ class _Demo:
         link = f"{given.rate_mbit:g} Mbit/s, {given.delay_ms:g} ms one way"
         console.print(f"{self.model}, prefill in another region behind {link}", style="dim", soft_wrap=True)
         console.print(f"{given.question}\n", style="bold")
-        run = self._ask(given.max_tokens, stream=not given.json)
+        run = self.answer(given.max_tokens, stream=not given.json)
         if not given.json:
             show.show_layers(console, run)
             show.show_figures(console, run, given.rate_mbit, given.delay_ms)
@@ -163,18 +163,18 @@ class _Demo:
         if self.given.keep:
             cluster.stop("decode")
             cluster.start_decode()
-            self._settle()
+            self.settle()
         return dict(zip(report.BASELINES, (after_prefill, when_complete), strict=True))
 
     def _ask_again(self) -> Run:
-        self._settle()
-        return self._ask(BASELINE_TOKENS, stream=False)
+        self.settle()
+        return self.answer(BASELINE_TOKENS, stream=False)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         self.cluster.wait_ready()
         self._warm_up()
 
-    def _ask(self, max_tokens: int, *, stream: bool) -> Run:
+    def answer(self, max_tokens: int, *, stream: bool) -> Run:
         def on_text(text: str) -> None:
             if stream:
                 self.console.print(text, end="", markup=False, soft_wrap=True)
