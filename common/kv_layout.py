@@ -134,6 +134,11 @@ class Shard:
     head_start: int = 0
     head_end: int | None = None
 
+    def __post_init__(self) -> None:
+        head_end = MAX_DIM if self.head_end is None else self.head_end
+        if not 0 <= self.index < self.count <= MAX_DIM or not 0 <= self.head_start <= head_end <= MAX_DIM:
+            raise ConfigError([f"shard {self.index} of {self.count} with heads [{self.head_start}, {self.head_end})"])
+
 
 WHOLE = Shard()
 

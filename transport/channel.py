@@ -29,8 +29,8 @@ CLOSING_S = 1.0
 """How long an ERROR frame may take to leave before the lane is aborted."""
 
 MAX_QUEUED_BYTES = 8 << 20
-"""Control frames that wait for a lane; far above what `max_transfers` OPENs take. A peer that makes us answer (PINGs,
-chunks) but reads nothing would fill our memory otherwise."""
+"""Control frames that may wait for a lane; thousands of OPENs, the largest that are usual. A peer that makes us answer
+(PINGs, chunks) but reads nothing would fill our memory otherwise."""
 
 log = get_logger("transport")
 
@@ -87,6 +87,8 @@ class Channel:
 
     def connected(self, lane: Lane) -> None:
         self._lane = lane
+        if self._ended:  # given up before the loop had come to tell us
+            lane.abort()
 
     def advance(self, received_bytes: int) -> None:
         if self._ended:

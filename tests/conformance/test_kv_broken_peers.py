@@ -18,7 +18,7 @@ import structlog
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import PeerRefusedError, TransferError
 from prfaas.transport import channel as channel_module
-from prfaas.transport import sending
+from prfaas.transport import endpoint, sending
 from prfaas.transport.api import KvAddress, KvPiece, KvSender
 from prfaas.transport.frames import (
     FROM_RECEIVER,
@@ -77,7 +77,7 @@ def closed_with(logs: list[dict[str, object]], reason: str) -> bool:
         (chunk_frame(b"." * 64), "not legal before HELLO"),
         (encode_control(Ping(1.0)), "not legal before HELLO"),
         (control_frame(FrameType.HELLO, b"\xc1" * 8), "HELLO"),
-        (control_frame(FrameType.HELLO, DEEP), "recursion"),
+        (control_frame(FrameType.HELLO, DEEP), "HELLO: maximum recursion"),
     ],
     ids=["http", "version", "reserved", "oversized", "chunk-first", "ping-first", "not-msgpack", "nested"],
 )
@@ -106,6 +106,23 @@ async def test_half_a_header_and_silence_holds_nothing() -> None:
             await raw.until_closed()
             await raw.aclose()
         assert closed_with(logs, "no HELLO in time"), logs
+
+
+async def test_strangers_that_say_nothing_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound they are closed at once, and don't keep a socket of ours."""
+    monkeypatch.setattr(endpoint, "MAX_GREETING_LANES", 2)
+    async with pair(TcpBackend, dense(), open_timeout_s=60.0) as p:
+        await p.send()
+        silent = [await RawLane.connect(p.far.addresses[0]) for _ in range(2)]
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(3):
+                third = await RawLane.connect(p.far.addresses[0])
+                await third.until_closed()
+                await third.aclose()
+        assert closed_with(logs, "too many lanes"), logs
+        await p.send(seed=1)
+        for raw in silent:
+            await raw.aclose()
 
 
 async def test_a_replayed_hello_is_refused() -> None:
@@ -164,11 +181,11 @@ BROKEN = {
     "longer-than-decoded": (chunk_frame(b"." * 64, codec=2, raw_bytes=32), "on the wire"),
     "no-body": (control_frame(FrameType.PING, b""), "without a body"),
     "not-msgpack": (control_frame(FrameType.PING, b"\xc1" * 8), "PING"),
-    "nested": (control_frame(FrameType.PING, DEEP), "recursion"),
+    "nested": (control_frame(FrameType.PING, DEEP), "PING: maximum recursion"),
     "unknown-transfer": (chunk_frame(b"." * 64, transfer=77), "never opened"),
     "transfer-0": (chunk_frame(b"." * 64, transfer=0), "never opened"),
-    "truncated-header": (chunk_frame(b"." * 64)[:20], "in the middle of a frame"),
-    "truncated-control": (control_frame(FrameType.PING, PING)[:-1], "in the middle of a frame"),
+    "truncated-header": (chunk_frame(b"." * 64)[:20], "in the middle of a frame: 20 of a header"),
+    "truncated-control": (control_frame(FrameType.PING, PING)[:-1], "in the middle of a frame: PING with"),
 }
 
 
@@ -460,18 +477,22 @@ async def test_other_names_of_this_machine(bind: str) -> None:
         await p.send(seed=1)
 
 
-async def test_a_malformed_address_does_not_end_the_dialling() -> None:
-    """The next heartbeat brings the right one."""
+@pytest.mark.parametrize("address", [KvAddress("127.0.0.1", 99999), KvAddress("x" * 70 + ".invalid", 9)])
+async def test_a_malformed_address_does_not_end_the_dialling(address: KvAddress) -> None:
+    """What makes the resolver itself raise is logged; the next heartbeat brings the right address."""
     async with pair(TcpBackend, dense()) as p:
-        third = p.endpoint("third")
-        third.connect("far", [KvAddress("127.0.0.1", 99999)])
+        third = p.endpoint("third", lanes=1)
+        with structlog.testing.capture_logs() as logs:
+            third.connect("far", [address])
+            async with asyncio.timeout(SOON_S):
+                while not logs:
+                    await asyncio.sleep(0.01)
+        assert logs[0]["event"] == "kv lane could not be opened; trying again"
+        third.connect("far", p.far.addresses)
         transfer = p.offer(spec_of(p.layout))
         transfer.sender = third.sender(transfer.ticket, "far", [])
-        opening = asyncio.create_task(transfer.sender.open())
-        await asyncio.sleep(0)
-        third.connect("far", p.far.addresses)
         async with asyncio.timeout(SOON_S):
-            await opening
+            await transfer.sender.open()
         transfer.put_all()
         await transfer.complete()
         await third.aclose()

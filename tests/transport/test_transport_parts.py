@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 
 import lz4.block
@@ -111,6 +112,37 @@ def test_late_foreign_and_broken_tickets() -> None:
     for text in ("", ".", "x" * 5000, "é", ticket[5:]):
         with pytest.raises(TicketError):
             book.present(text, "one", 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_end": 1 << 40},
+        {"token_start": -1},
+        {"shard": (2, 2, 0, None)},
+        {"shard": (0, 1, -(1 << 62), 4)},
+        {"shard": (0, 1, 3, 2)},
+    ],
+)
+def test_claims_that_make_no_sense_are_no_ticket(changes: dict[str, object]) -> None:
+    """The prefill side makes sizes from them before anybody has verified them."""
+    claims = {"request_id": "r", "token_start": 0, "token_end": 9, "prompt_tokens": 10, "max_output_tokens": 1}
+    names = dict.fromkeys(("transfer_id", "model_fingerprint", "layout_hash", "issuer"), "a" * 32)
+
+    def ticket(**changes: object) -> str:
+        body = msgspec.msgpack.encode({**claims, **names, "expires_s": 1.0, **changes})
+        return f"{base64.urlsafe_b64encode(body).decode()}.AAAA"
+
+    assert read_claims(ticket()).token_end == 9
+    with pytest.raises(TicketError, match="not a ticket"):
+        read_claims(ticket(**changes))
+
+
+def test_a_ticket_of_nested_lists_is_no_ticket() -> None:
+    """msgpack that is deeper than the parser goes."""
+    deep = base64.urlsafe_b64encode(b"\x81\xa1x" + b"\x91" * 2900).decode()
+    with pytest.raises(TicketError, match="recursion"):
+        read_claims(f"{deep}.AAAA")
 
 
 # -- handshake --------------------------------------------------------------------------------------------------------
