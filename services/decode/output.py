@@ -21,7 +21,7 @@ class OutputText:
     """Takes tokens, gives pieces. Text waits while it may be half a character or the beginning of a stop string, and
     ids wait for the last of their text, so that ids and text that were sent always belong together.
 
-    Stop strings count only in text that follows the first `min_tokens` tokens.
+    Stop strings count that are complete behind the first `min_tokens` tokens, wherever they begin (as in vLLM).
     """
 
     def __init__(self, text: TextStream, stop: StopStrings, min_tokens: int = 0) -> None:
@@ -37,6 +37,10 @@ class OutputText:
     def stopped(self) -> bool:
         return self._stop.stopped
 
+    @property
+    def _may_stop(self) -> bool:
+        return self.tokens > self._min_tokens
+
     def replay(self, token_ids: Sequence[int], text_offset: int) -> str:
         """Tokens that were delivered already, of whose text the client has `text_offset` characters. Returns text of
         theirs that the client lacks; when it has more than theirs, the rest is taken off what comes next."""
@@ -50,8 +54,7 @@ class OutputText:
         self.tokens += 1
         self._ids.append(token_id)
         text = self._text.push(token_id)
-        if self.tokens > self._min_tokens:
-            text = self._stop.push(text)
+        text = self._stop.push(text, counts=self._may_stop)
         text = self._unseen(text)
         if not text or self._stop.holds or self._text.held_tokens:
             return Piece(text, [])
@@ -61,7 +64,7 @@ class OutputText:
         """The output has ended: what was held back. A stop string may be complete only now (`stopped`)."""
         if self._stop.stopped:
             return Piece("", self._take_ids())
-        text = self._stop.push(self._text.flush())
+        text = self._stop.push(self._text.flush(), counts=self._may_stop)
         if not self._stop.stopped:
             text += self._stop.flush()
         return Piece(self._unseen(text), self._take_ids())

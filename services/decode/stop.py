@@ -22,17 +22,25 @@ class StopStrings:
     def holds(self) -> bool:
         return bool(self._held)
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now. When `stopped` is set by it, what follows belongs to no output."""
+    def push(self, text: str, *, counts: bool = True) -> str:
+        """The text that may be shown now. When `stopped` is set by it, what follows belongs to no output.
+
+        `counts`: False: a stop string that is complete in `text` is text like any other; one that begins in it and is
+        complete later ends the output (of which nothing was shown).
+        """
         if not self._strings:
             return text
+        before = len(self._held)
         text = self._held + text
         self._held = ""
-        found = [(start + len(s), start) for s in self._strings if (start := text.find(s)) >= 0]
-        if found:
-            self.stopped = True
-            end, start = min(found)
-            return text[: end if self._include else start]
+        if counts:
+            # What is complete in the text before was judged there.
+            starts = ((s, text.find(s, max(0, before - len(s) + 1))) for s in self._strings)
+            found = [(start + len(s), start) for s, start in starts if start >= 0]
+            if found:
+                self.stopped = True
+                end, start = min(found)
+                return text[: end if self._include else start]
         held = max(_overlap(text, s) for s in self._strings)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jinja2
 import jinja2.ext
 import tokenizers
+import tokenizers.processors
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from prfaas.common.errors import ConfigError, RequestError
 
@@ -70,6 +71,7 @@ def load_tokenizer(model_path: str) -> Tokenizer:
     backend.no_padding()
     config = _read_json(directory / "tokenizer_config.json")
     specials = _special_tokens(config)
+    _apply_bos_and_eos(backend, config, specials)
     return FileTokenizer(
         backend,
         _eos_token_ids(directory, backend, specials),
@@ -211,11 +213,29 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _apply_bos_and_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]) -> None:
+    """tokenizer_config.json's add_bos_token and add_eos_token, where given, win over tokenizer.json, as in
+    transformers."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+
+    def token(name: str) -> list[str]:
+        text = specials.get(f"{name}_token")
+        wanted = config.get(f"add_{name}_token") and text is not None and backend.token_to_id(text) is not None
+        return [text] if wanted and text is not None else []
+
+    before, after = token("bos"), token("eos")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys([*before, *after])],
+    )
+
+
 def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    source = config.get("chat_template")
+    source = _read_json(directory / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(source, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
         source = named.get("default")

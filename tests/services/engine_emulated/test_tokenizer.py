@@ -68,6 +68,36 @@ def test_the_chat_template_has_what_transformers_gives_it(byte_level: Path) -> N
     assert chat == '<s>user="<é>";assistant="b";</s>>4'
 
 
+def test_an_older_models_template_file_is_read(byte_level: Path) -> None:
+    """chat_template.json, before the one in tokenizer_config.json and behind chat_template.jinja."""
+    write_config(byte_level, chat_template="config")
+    older, newer = byte_level / "chat_template.json", byte_level / "chat_template.jinja"
+    try:
+        older.write_text(json.dumps({"chat_template": "json"}))
+        assert load_tokenizer(str(byte_level)).render_chat([]) == "json"
+        newer.write_text("jinja")
+        assert load_tokenizer(str(byte_level)).render_chat([]) == "jinja"
+    finally:
+        older.unlink()
+        newer.unlink(missing_ok=True)
+
+
+def test_bos_and_eos_are_added_as_the_config_says(byte_level: Path) -> None:
+    """add_bos_token and add_eos_token win over tokenizer.json; a rendered chat gets neither."""
+    backend = Backend.from_file(str(byte_level / "tokenizer.json"))
+    bos, eos, plain = backend.token_to_id("<s>"), backend.token_to_id("</s>"), backend.encode("hi").ids
+    for flags, ids in [
+        ({"add_bos_token": True}, [bos, *plain]),
+        ({"add_bos_token": True, "add_eos_token": True}, [bos, *plain, eos]),
+        ({"add_bos_token": False}, plain),
+        ({}, plain),
+    ]:
+        write_config(byte_level, bos_token="<s>", eos_token="</s>", **flags)
+        tokenizer = load_tokenizer(str(byte_level))
+        assert tokenizer.encode("hi") == ids
+        assert tokenizer.encode("hi", special_tokens=False) == plain
+
+
 def test_a_template_that_refuses_is_the_clients_fault(byte_level: Path) -> None:
     """raise_exception, and a message that lacks what the template needs, name the field `messages`."""
     for template in (

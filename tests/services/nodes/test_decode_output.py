@@ -79,6 +79,14 @@ def test_stop_strings_do_not_count_before_min_tokens() -> None:
     assert shown(output(("a",), min_tokens=4), "ababcacd") == "ababc"
 
 
+def test_a_stop_string_that_is_complete_behind_min_tokens_counts() -> None:
+    """Wherever it begins, and nothing of it was shown; one that was complete before does not come up again, though a
+    longer one holds its text back."""
+    assert shown(output(("bcde",), min_tokens=3), "abcdef") == "a"
+    assert shown(output(("bcde",), min_tokens=5), "abcdef") == "abcdef"
+    assert shown(output(("bc", "abcdef"), min_tokens=4), "xabcdxbcx") == "xabcdx"
+
+
 @settings(max_examples=150)
 @given(
     text=st.text("abc", max_size=40),
