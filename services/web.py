@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ipaddress
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -77,6 +78,10 @@ T = TypeVar("T")
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a service's main coroutine under uvloop until it returns."""
+    # A stream takes a router three sockets, and many systems begin at 1,024.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     result: T = uvloop.run(main)
     return result
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from prfaas.common.errors import RequestError
@@ -27,6 +28,8 @@ MAX_BACK_OFF_S = 30.0
 """… up to this."""
 MAX_NODES = 4096
 MAX_KV_ADDRESSES = 256
+MAX_COUNT = 1 << 53
+"""Of tokens, requests or bytes that a node reports: sums of them fit the snapshot's 64 bits."""
 
 ROLES = {"prefill": ROLE_PREFILL, "decode": ROLE_DECODE}
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -277,8 +280,12 @@ def _checked(message: Heartbeat) -> tuple[int, URL]:
         raise RequestError("region, epoch or model is too long", param="region")
     if len(message.kv_addresses) > MAX_KV_ADDRESSES:
         raise RequestError(f"more than {MAX_KV_ADDRESSES} KV addresses", param="kv_addresses")
-    if message.max_model_tokens < 1:
-        raise RequestError("max_model_tokens must be at least 1", param="max_model_tokens")
+    if not all(1 <= len(a.host) <= 255 and 0 < a.port < 65536 for a in message.kv_addresses):
+        raise RequestError("a KV address needs a host of at most 255 characters and a port", param="kv_addresses")
+    if not 1 <= message.max_model_tokens <= MAX_COUNT:
+        raise RequestError(f"max_model_tokens must be from 1 to {MAX_COUNT}", param="max_model_tokens")
+    if not all(0 <= count <= MAX_COUNT for count in msgspec.structs.astuple(message.load)):
+        raise RequestError(f"load must hold counts from 0 to {MAX_COUNT}", param="load")
     try:
         url = URL(message.url)
         good = url.scheme in ("http", "https") and url.host is not None

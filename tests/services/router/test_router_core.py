@@ -206,6 +206,11 @@ def test_another_model_is_refused_until_the_old_one_is_gone() -> None:
         {"url": "ftp://x"},
         {"url": ""},
         {"max_model_tokens": 0},
+        {"max_model_tokens": 1 << 70},
+        {"load": LoadMessage(queued_tokens=10**30)},
+        {"load": LoadMessage(free_kv_bytes=-1)},
+        {"kv_addresses": [KvAddressMessage("h" * 1000, 1)]},
+        {"kv_addresses": [KvAddressMessage("h", -5)]},
     ],
     ids=str,
 )
