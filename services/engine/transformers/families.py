@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from prfaas.common.errors import ModelRefusedError
+from prfaas.services.engine.transformers.output_head import output_head
 
 # These scale the rotary frequencies with the length seen so far: a batch of several lengths has no one such length.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -29,7 +30,7 @@ class LayerwiseModel:
 
     def __init__(self, causal_lm: Any) -> None:
         self.config = causal_lm.config
-        self._lm = causal_lm
+        self._output_head = output_head(causal_lm.lm_head)
         self._decoder = causal_lm.model
         self._layers = list(self._decoder.layers)
         self._norm = getattr(self._decoder, self.norm_name)
@@ -59,7 +60,7 @@ class LayerwiseModel:
         return self._head(self._norm(hidden[:, -1])).float()
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._lm.lm_head(hidden)
+        return self._output_head(hidden)
 
 
 class Gemma3(LayerwiseModel):
