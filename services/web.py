@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import re
 import resource
 import secrets
@@ -31,6 +32,7 @@ import aiohttp
 import msgspec
 import uvloop
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prfaas.common import auth, log
 from prfaas.common.config import ClusterConfig, parse_address
 from prfaas.common.errors import (
@@ -126,6 +128,7 @@ async def listening(
         read_bufsize=256 * 1024,
         # `read_body` refuses what is compressed.
         auto_decompress=False,
+        logger=_http_logger(),
     )
     await runner.setup()
     try:
@@ -134,6 +137,20 @@ async def listening(
         yield host, listener.getsockname()[1]
     finally:
         await runner.cleanup()
+
+
+def _http_logger() -> logging.Logger:
+    """aiohttp's, but what is no HTTP gets a line instead of a traceback: strangers could fill the log with them."""
+    logger = logging.getLogger("prfaas.http")
+    logger.addFilter(_one_line)
+    return logger
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.msg, record.exc_info = f"malformed HTTP ({type(error).__name__}); {record.msg}", None
+    return True
 
 
 def _listener(bind: str, key: str) -> socket.socket:

@@ -83,6 +83,19 @@ async def test_a_body_that_breaks_off_is_refused(cluster: Any) -> None:
     writer.close()
 
 
+async def test_garbage_on_the_port_is_one_line_in_the_log(cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """400 for what is no HTTP, and no traceback a time."""
+    host, port = cluster.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET / HTTP/1.1\r\nx-request-id: \x7f\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert b" 400 " in await reader.readline()
+    writer.close()
+    [record] = [r for r in caplog.records if r.name == "prfaas.http"]
+    assert "malformed HTTP" in record.getMessage()
+    assert record.exc_info is None
+
+
 async def test_keys_are_asked_for(make_cluster: Any) -> None:
     """Any of several keys opens the API; a missing or a wrong one is 401; probes stay open."""
     cluster = await make_cluster(api_keys=("one", "two"))
