@@ -36,7 +36,7 @@ class PrefillJob:
         queued_s = time.monotonic()
         ids = list(self._request.prompt_token_ids)
         self._machine.check(ids, len(ids))
-        async with asyncio.timeout(self._request.timeout_s):
+        async with asyncio.timeout(self._request.timeout_s) as self._deadline:
             if not self._tokens.tokens:
                 emit(PrefillDone(queued_s, queued_s, queued_s, [queued_s] * len(self._computed_s)))
                 return
@@ -57,6 +57,10 @@ class PrefillJob:
             reports = [await sender.done() for sender in self._senders]
         emit(PrefillDone(queued_s, started_s, self._computed_s[-1], self._computed_s, reports))
 
+    def _remaining_s(self) -> float | None:
+        ends_s = self._deadline.when()
+        return None if ends_s is None else max(0.0, ends_s - asyncio.get_running_loop().time())
+
     async def _admission(self) -> None:
         """Until every transfer is open and there is memory to compute into. While the other side has no room, nothing
         is held, so that two nodes that prefill for each other can't wait for each other for ever."""
@@ -75,7 +79,7 @@ class PrefillJob:
                 self._regions.append(await machine.memory.allocate(size))
             try:
                 while unopened:
-                    await unopened[0].open()
+                    await unopened[0].open(self._remaining_s())
                     del unopened[0]
             except NoRoomError as error:
                 self._leave()

@@ -73,6 +73,11 @@ class _Deadline:
         error = TimeoutError(f"the request took longer than {timeout_s} s")
         loop = asyncio.get_running_loop()
         self._handle = None if timeout_s is None else loop.call_later(max(0.0, timeout_s), fail, error)
+        self._now = loop.time
+
+    @property
+    def remaining_s(self) -> float | None:
+        return None if self._handle is None else max(0.0, self._handle.when() - self._now())
 
     def cancel(self) -> None:
         if self._handle is not None:
@@ -166,7 +171,7 @@ class PrefillLife:
         try:
             while unopened:
                 try:
-                    await unopened[0].open()
+                    await unopened[0].open(self._deadline.remaining_s)
                     unopened.pop(0)
                 except NoRoomError as error:
                     await self._step_aside()

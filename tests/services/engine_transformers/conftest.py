@@ -52,7 +52,7 @@ class Loopback:
 
     # -- sender -------------------------------------------------------------------------------------------------------
 
-    async def open(self) -> None:
+    async def open(self, remaining_s: float | None = None) -> None:
         await self.answer.wait()
         self.opens += 1
         if self.no_room_answers > 0:
