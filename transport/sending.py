@@ -313,7 +313,7 @@ class TransferSender:
         self._session.wake()
 
     def _finish_if_due(self) -> None:
-        if not self.active or not self._state.finish_due or self._timings is None:
+        if self._timings is None or not self.active or not self._state.finish_due:
             return
         sent_s = [self.report.layer_at_s.get(layer, 0.0) for layer in range(len(self.layout.layers))]
         channel = self._session.any_channel()

@@ -25,6 +25,7 @@ from prfaas.transport.codecs.registry import RAW, codec_by_name
 from prfaas.transport.connection import ChunkArrived, Control, Event
 from prfaas.transport.frames import (
     FROM_RECEIVER,
+    HEADER_BYTES,
     Ack,
     Cancel,
     ControlBody,
@@ -46,7 +47,7 @@ from prfaas.transport.transfer import Cut
 
 ACK_DELAY_S = 0.002
 """Acknowledgements wait so long for company: a frame a chunk would cost a tenth of a fast lane."""
-ACK_CHUNKS = 16
+ACK_CHUNKS = 32
 KEPT_ATTEMPTS = 4096
 """OPENs that were answered; beyond it a repeated OPEN is answered once more, which does no harm."""
 
@@ -56,16 +57,37 @@ Admit = Callable[["Session", int, Open], Opened]
 
 
 class Counters:
-    """The metrics that a session counts; those of each chunk with their labels looked up once."""
+    """The metrics that a session counts. Bytes are summed up here and handed to Prometheus by `flush`: its counters
+    lock, and a fast lane has thousands of chunks a second."""
 
     def __init__(self, metrics: TransportMetrics) -> None:
-        self.sent_raw, self.sent_wire = (metrics.sent_bytes.labels(form) for form in ("raw", "wire"))
-        self.received_raw, self.received_wire = (metrics.received_bytes.labels(form) for form in ("raw", "wire"))
+        forms = ("raw", "wire")
+        self._totals = [
+            counter.labels(form) for counter in (metrics.sent_bytes, metrics.received_bytes) for form in forms
+        ]
+        self._pending = [0, 0, 0, 0]
         self.checksum_failures = metrics.checksum_failures
         self.lanes = metrics.lanes
         self.lane_losses = metrics.lane_losses
         self.refusals = metrics.refusals
         self.transfers = metrics.transfers
+
+    def sent(self, raw_bytes: int, wire_bytes: int) -> None:
+        pending = self._pending
+        pending[0] += raw_bytes
+        pending[1] += wire_bytes
+
+    def received(self, raw_bytes: int, wire_bytes: int) -> None:
+        pending = self._pending
+        pending[2] += raw_bytes
+        pending[3] += wire_bytes
+
+    def flush(self) -> None:
+        """Once a tick, and when a transfer ends."""
+        for index, counter in enumerate(self._totals):
+            if self._pending[index]:
+                counter.inc(self._pending[index])
+                self._pending[index] = 0
 
 
 class Session:
@@ -215,6 +237,7 @@ class Session:
 
     def _tick(self) -> None:
         self._tick_timer = self._loop.call_later(self._tick_s(), self._tick)
+        self.counters.flush()
         now = time.monotonic()
         for channel in list(self._channels.values()):
             if now - channel.last_received_s > self._config.dead_s:
@@ -246,6 +269,7 @@ class Session:
         """No chunk of it leaves any more, except one that a lane has begun. Idempotent."""
         if self._senders.pop(sender.number, None) is None:
             return
+        self.counters.flush()
         self._turns.remove(sender)
         self._encoded = deque(outgoing for outgoing in self._encoded if outgoing.sender is not sender)
         self.counters.transfers.labels("sent", "failed" if sender.failed else "completed").inc()
@@ -264,6 +288,7 @@ class Session:
     def remove_receiver(self, number: int) -> None:
         """What still comes for it goes to the sink, the rest of a chunk in progress included. Idempotent."""
         self._receivers.pop(number, None)
+        self.counters.flush()
         for channel in self._channels.values():
             channel.connection.redirect(number)
             channel.acks.pop(number, None)
@@ -284,8 +309,7 @@ class Session:
     def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
         outgoing.sender.end_read()
         outgoing.sender.chunk_sent(outgoing)
-        self.counters.sent_raw.inc(len(outgoing.cut.data))
-        self.counters.sent_wire.inc(len(outgoing.header) + len(outgoing.payload))
+        self.counters.sent(len(outgoing.cut.data), len(outgoing.header) + len(outgoing.payload))
 
     def _next_cut(self) -> tuple[TransferSender, Cut] | None:
         """Transfers take turns, a chunk each."""
@@ -358,8 +382,7 @@ class Session:
                 receiver.arrived(channel, header, event.data)
             elif event.data is not None and header.codec != RAW:
                 self.scratch.give_back(event.data)
-            self.counters.received_raw.inc(header.raw_bytes)
-            self.counters.received_wire.inc(header.body_bytes)
+            self.counters.received(header.raw_bytes, HEADER_BYTES + header.body_bytes)
         else:
             self._control(channel, event)
 

@@ -21,8 +21,8 @@ from prfaas.transport.frames import FrameHeader
 MAX_ATTEMPTS = 2
 """A chunk is sent once more after a checksum mismatch, and no more: twice is no accident."""
 
-CREDIT_STEP = 8
-"""A CREDIT is due when an eighth of the window has been consumed since the last: few frames, never a stall."""
+CREDIT_STEP = 4
+"""A CREDIT is due when a quarter of the window has been consumed since the last: few frames, never a stall."""
 
 
 TIME_RAN_OUT = "the request's time ran out"
