@@ -32,6 +32,7 @@ from prfaas.services.engine.transformers.prefill import Outbox, PrefillJob
 from prfaas.services.engine.transformers.stepper import Stepper
 from prfaas.transport.api import KvDestination, KvReceiver, KvSender, TransferSpec
 from prfaas.transport.arena import Arena
+from prfaas.transport.waiting import finish_despite_cancel
 
 # Besides the round trip: OPEN is looked at when a step ends, so be early by about one.
 _OPEN_MARGIN_S = 0.3
@@ -119,7 +120,8 @@ class PrefillLife:
             return
         for sender in self._senders:
             sender.on_failed(self._fail)
-        self._desk.line.join(self)
+        if not self.stream.sealed:
+            self._desk.line.join(self)
 
     def _problem(self) -> PrfaasError | None:
         desk, n = self._desk, len(self._tokens)
@@ -196,7 +198,8 @@ class PrefillLife:
         self.aside = True
         if self._job is not None:
             job, self._job = self._job, None
-            await self._desk.stepper.remove(job, None)
+            # A close that comes meanwhile cancels this task and frees the memory: the thread must be done with it.
+            await finish_despite_cancel(asyncio.ensure_future(self._desk.stepper.remove(job, None)))
             self._free()
             self._desk.line.rejoin(self)
         else:
@@ -239,13 +242,14 @@ class PrefillLife:
 
     async def _close(self) -> None:
         self._deadline.cancel()
+        self._desk.line.leave(self)  # first: while we wait below, the line would give us memory and a slot
         await _cancelled(self._opening, self._draining)
         if self._job is not None:
             await self._desk.stepper.remove(self._job, None)
         for sender in self._senders:
             await sender.aclose()
         self._free()
-        self._desk.line.leave(self)
+        self._desk.line.advance()
 
     def _free(self) -> None:
         if self._kv is not None:
@@ -421,6 +425,7 @@ class DecodeLife:
 
     async def _close(self) -> None:
         self._deadline.cancel()
+        self._desk.line.leave(self)  # first, as above
         if self._job is not None or self._row is not None:
             await self._desk.stepper.remove(self._job, self._row)
         for receiver in self._receivers:
@@ -428,7 +433,7 @@ class DecodeLife:
         if self._kv is not None:
             self._kv.free()
             self._kv = None
-        self._desk.line.leave(self)
+        self._desk.line.advance()
 
 
 def _too_long(tokens: int, info: EngineInfo) -> RequestError:

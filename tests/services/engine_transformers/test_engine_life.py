@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,65 @@ async def test_closing_a_prefill_stops_computing(engine: Any, toolbox: Any) -> N
     assert engine.load().queued_tokens == 0
     assert transfer.finished_timings is None
     assert isinstance(transfer.failed, TransferCancelledError)
+
+
+async def test_a_decode_that_is_closed_while_it_waits_takes_no_memory_any_more(
+    tiny_model: Callable[[str], Path], toolbox: Any
+) -> None:
+    """The slot before it comes free while its close waits for the computing thread: it stays empty."""
+    engine = await toolbox.started(model=str(tiny_model("llama")), max_prefills=1)
+    try:
+        with paused(engine):
+            computing = engine.decode(request(), [])
+            free = engine.load().free_kv_bytes
+            waiting = engine.decode(request(), [])
+            closing = asyncio.ensure_future(waiting.aclose())
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not closing.done()
+            computing.fail(EngineError("its slot is free"))
+            engine._desk.line.leave(next(life for life in engine._lives if life.stream is computing))
+            assert engine.load().free_kv_bytes == free
+            assert engine.load().queued_requests == 0
+        await asyncio.wait_for(closing, WAIT_S)
+        await computing.aclose()
+    finally:
+        await engine.close()
+
+
+async def test_memory_of_a_prefill_that_steps_aside_is_kept_until_the_thread_is_done(pair: Any, toolbox: Any) -> None:
+    """Closed in the middle of stepping aside, its memory comes back only after the computing thread has let go."""
+    free = pair.prefill.load().free_kv_bytes
+    transfer = pair.loopback(len(PROMPT), 4, rooms=1)
+    decoding = pair.decode.decode(request(4), [transfer])
+    with paused(pair.prefill):
+        prefilling = pair.prefill.prefill(PrefillRequest("r", PROMPT), [transfer])
+        await soon(lambda: transfer.opens == 1)
+        closing = asyncio.ensure_future(prefilling.aclose())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        assert pair.prefill.load().free_kv_bytes < free
+    await asyncio.wait_for(closing, WAIT_S)
+    assert pair.prefill.load().free_kv_bytes == free
+    await decoding.aclose()
+
+
+@contextmanager
+def paused(engine: Any) -> Iterator[None]:
+    """The computing thread stands still, as in the middle of a long step."""
+    gate = threading.Event()
+    engine._desk.stepper._submit(lambda: gate.wait(WAIT_S))
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 async def test_a_failed_transfer_ends_both_sides(pair: Any, toolbox: Any) -> None:
