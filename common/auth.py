@@ -87,7 +87,8 @@ def verify_http(
     if len(nonce) > MAX_NONCE_CHARS:
         raise AuthenticationError("the signature's nonce is too long")
     # The MAC before everything that it covers: an attacker without the secret learns nothing about our clock.
-    if not verify(secret, mac, method.encode(), path.encode(), time_text.encode(), nonce.encode(), body):
+    # Headers may hold bytes that are no UTF-8; they come as surrogates and fail here like any other wrong value.
+    if not verify(secret, mac, method.encode(), path.encode(), time_text.encode(), _raw(nonce), body):
         raise AuthenticationError("the signature does not match; do both sides have the same cluster secret?")
     if not abs(now_s - sent_s) <= skew_s:
         raise AuthenticationError(f"signed {now_s - sent_s:+.0f} s away from this clock; do both machines run NTP?")
@@ -97,6 +98,11 @@ def verify_http(
 
 def key_matches(given: str, keys: tuple[str, ...]) -> bool:
     """True when `given` is one of the API keys; the time taken doesn't tell which or how nearly."""
-    digest = hashlib.sha256(given.encode()).digest()
+    digest = hashlib.sha256(_raw(given)).digest()
     matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
     return any(matches)
+
+
+def _raw(header: str) -> bytes:
+    """The bytes of a header's value, UTF-8 or not."""
+    return header.encode(errors="surrogateescape")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -325,7 +326,7 @@ def _number(kind: Any, value: Any) -> Any:
         if number is None:
             raise ValueError("must be a number (sizes may end in K, M, G)" if kind is int else "must be a number")
         value = number
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError("must be a number")
     if kind is int:
         if value != int(value):

@@ -54,6 +54,13 @@ def test_malformed_header_is_refused(header, value):
         check(signed() | {header: value})
 
 
+@pytest.mark.parametrize("header", ["x-prfaas-time", "x-prfaas-nonce", "x-prfaas-mac"])
+def test_header_that_is_no_utf8_is_refused(header):
+    """aiohttp hands such bytes on as surrogates."""
+    with pytest.raises(AuthenticationError):
+        check(signed() | {header: "\udcff"})
+
+
 def test_nan_time_is_refused():
     """A signed NaN can't pass the comparison with the clock."""
     with pytest.raises(AuthenticationError, match="clock"):
@@ -78,4 +85,5 @@ def test_key_matches():
     """Any of the keys passes, nothing else does."""
     assert key_matches("two", ("one", "two"))
     assert not key_matches("thre", ("one", "two"))
+    assert not key_matches("\udcff", ("one", "two"))
     assert not key_matches("", ())

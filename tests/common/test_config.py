@@ -62,7 +62,7 @@ def test_sizes(text, value):
     assert config.load({}, {}, {"engine.arena_bytes": text}).engine.arena_bytes == value
 
 
-@pytest.mark.parametrize("text", ["", "1.5", "nan", "inf", "1X", "e", "true"])
+@pytest.mark.parametrize("text", ["", "1.5", "nan", "inf", "1e999", "1X", "e", "true"])
 def test_bad_numbers(text):
     """What is no whole number is refused."""
     with pytest.raises(ConfigError):
