@@ -55,9 +55,6 @@ class DecodeService:
     router_clock: Callable[[str], LinkClock | None]
     """By router name: router_monotonic − ours."""
 
-    def routes(self) -> list[web.RouteDef]:
-        return [web.post("/decode", self.handle)]
-
     async def handle(self, request: web.Request) -> web.StreamResponse:
         received_s = time.monotonic()
         call = await parse_json(await read_signed(request, self.signer), DecodeCall)

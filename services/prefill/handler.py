@@ -29,9 +29,6 @@ class PrefillService:
     config: NodeConfig
     signer: Signer
 
-    def routes(self) -> list[web.RouteDef]:
-        return [web.post("/prefill", self.handle)]
-
     async def handle(self, request: web.Request) -> web.StreamResponse:
         call = await parse_json(await read_signed(request, self.signer), PrefillCall)
         log.bind_request(call.request_id)
