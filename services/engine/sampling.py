@@ -59,8 +59,9 @@ def _sample_row(logits: NDArray[np.float32], draw: Draw) -> int:
 
 def _weights(logits: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float64]:
     """Unnormalised probabilities, zero where top_k or top_p cut; in vocabulary order."""
-    scaled = logits.astype(np.float64) / params.temperature
-    weights: NDArray[np.float64] = np.exp(scaled - scaled.max())
+    below = logits.astype(np.float64) - logits.max()
+    with np.errstate(over="ignore"):  # a temperature of 1e-307 makes all but the largest -inf, which is right
+        weights: NDArray[np.float64] = np.exp(below / params.temperature)
     if 0 < params.top_k < weights.size:
         keep = np.argpartition(weights, weights.size - params.top_k)[-params.top_k :]
         cut = np.zeros_like(weights)

@@ -29,6 +29,13 @@ def test_greedy_takes_the_largest_of_each_row() -> None:
     assert mixed[2] == largest[2]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-307, 5e-324])
+def test_a_tiny_temperature_takes_the_largest(temperature: float) -> None:
+    """Whatever a client may send: logits divided by it overflow, and a NaN would draw a token that doesn't exist."""
+    values = logits(1)
+    assert sample(values, [draw(temperature=temperature)]) == [int(values.argmax())]
+
+
 def test_draws_follow_the_distribution() -> None:
     """Over many positions the tokens come as often as softmax(logits / temperature) says."""
     values = np.array([[0.0, 1.0, 2.0, -1.0]], dtype=np.float32)
