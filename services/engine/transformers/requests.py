@@ -281,7 +281,7 @@ class DecodeLife:
         if self._refusal is None:
             self._row = self._make_row()
         for receiver in self._receivers:
-            receiver.bind(self._reserve, self._layer_arrived, self._fail)
+            receiver.bind(self._reserve, self._layer_arrived, self._transfer_failed)
         if self._refusal is not None:
             self._fail(self._refusal)
         elif len(request.output_token_ids) >= request.max_output_tokens:
@@ -365,6 +365,10 @@ class DecodeLife:
         if self._shards_missing[layer] == 0 and self._row is not None:
             self._row.arrived(layer, time.monotonic())
             self._desk.stepper.wake()
+
+    def _transfer_failed(self, error: Exception) -> None:
+        if not self._shards_missing or any(self._shards_missing):  # else all KV is here: only FINISH is lost
+            self._fail(error)
 
     # -- local prefill: in the line -----------------------------------------------------------------------------------
 

@@ -467,6 +467,17 @@ async def soon(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
+async def test_a_transfer_that_fails_behind_its_last_layer_changes_nothing(pair: Any, toolbox: Any) -> None:
+    """All KV is here, only FINISH was lost: the stream goes on."""
+    expected = await tokens_of(pair.decode, toolbox, PROMPT, 8)
+    transfer = pair.loopback(len(PROMPT), 8)
+    decoding = pair.decode.decode(request(), [transfer])
+    await toolbox.collect(pair.prefill.prefill(PrefillRequest("r", PROMPT), [transfer]))
+    assert isinstance(await anext(decoding), DecodeTimeline)
+    transfer.fail(TransferCancelledError("the lane died"))
+    assert (await toolbox.collect(decoding)).token_ids == expected
+
+
 async def test_a_failed_transfer_ends_both_sides(pair: Any, toolbox: Any) -> None:
     """The transport's error ends the iterators as it is, and prefill stops computing."""
     transfer = pair.loopback(3000, 8)
