@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/install_torch.py
 	@[ -x $(BIN)/python ] || { echo "making $(VENV) with $(PYTHON)" && "$(PYTHON)" -m venv $(VENV); }
 	@$(BIN)/python .ci/install_torch.py $(if $(CUDA),--cuda)
 	@echo "installing PrfaaS and its tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]' accelerate
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]'
 	@touch $@
 
 clean:

