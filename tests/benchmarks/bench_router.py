@@ -344,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--model", default=os.environ.get("PRFAAS_TEST_MODEL", ""), help="for the tokenizer's cost")
+    parser.add_argument("--model", default=os.environ.get("TEST_MODEL_DIR", ""), help="for the tokenizer's cost")
     print(json.dumps(services_web.run(measure(parser.parse_args())), indent=2))
 
 
