@@ -75,7 +75,7 @@ def _bench(argv: Sequence[str]) -> int:
         if argv and argv[0] in ("-h", "--help"):
             sys.stdout.write("usage: prfaas bench link [flags]    (prfaas bench link --help)\n")
             return 0
-        raise UsageError("bench: name what to measure: prfaas bench link")
+        raise UsageError("name what to measure: prfaas bench link")
     from prfaas.services.commands.bench_link import main
 
     return main(argv[1:])

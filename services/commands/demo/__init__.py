@@ -83,9 +83,10 @@ def main(argv: Sequence[str]) -> int:
     given = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=given.json, highlight=False)
+    model_path = _model_path(given)
     folder = Path(tempfile.mkdtemp(prefix="prfaas-demo-"))
     try:
-        with running(_plan(given, folder)) as cluster:
+        with running(_plan(given, model_path, folder)) as cluster:
             Demo(given, console, cluster).run()
     except SetupError as error:
         raise SetupError(f"{error}\nthe logs of all processes are in {folder}") from error
@@ -101,12 +102,14 @@ def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(EXIT_TERMINATED)
 
 
-def _plan(given: argparse.Namespace, folder: Path) -> Plan:
+def _model_path(given: argparse.Namespace) -> str:
     if given.engine == "emulated":
-        model_path = "bytes"
-    else:
-        with progress_bar() as progress:
-            model_path = str(ensure_model(given.model, progress))
+        return "bytes"
+    with progress_bar() as progress:
+        return str(ensure_model(given.model, progress))
+
+
+def _plan(given: argparse.Namespace, model_path: str, folder: Path) -> Plan:
     return Plan(
         engine=given.engine,
         model_path=model_path,
