@@ -125,6 +125,12 @@ class Child:
             os.killpg(self._process.pid, number)
 
 
+def _inherited() -> dict[str, str]:
+    """The user's environment. Of its settings only those of logs and engines fit a cluster that is not theirs."""
+    ours = ("PRFAAS_LOG_", "PRFAAS_ENGINE_")
+    return {key: value for key, value in os.environ.items() if not key.startswith("PRFAAS_") or key.startswith(ours)}
+
+
 def _die_with_parent() -> None:
     """In the child before exec: when the demo dies, however, the kernel kills its children."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -137,7 +143,7 @@ class Cluster:
         self.plan = plan
         self.ports = Ports.free()
         self._children: dict[str, Child] = {}
-        self._env = {**plan.settings, **os.environ, "PRFAAS_CLUSTER_SECRET": plan.secret, "OMP_NUM_THREADS": "1"}
+        self._env = {**plan.settings, **_inherited(), "PRFAAS_CLUSTER_SECRET": plan.secret, "OMP_NUM_THREADS": "1"}
 
     @property
     def router_url(self) -> str:

@@ -59,8 +59,10 @@ class TransformersEngine:
             return
         for life in list(self._lives):
             life.stream.fail(EngineError("the engine is closing"))
-        await asyncio.gather(*(life.stream.aclose() for life in list(self._lives)))
-        await desk.stepper.stop()
+        try:
+            await asyncio.gather(*(life.stream.aclose() for life in list(self._lives)))
+        finally:
+            await desk.stepper.stop()
 
     def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> EventStream[PrefillEvent]:
         life = PrefillLife(self._ready(), request, transfers)
