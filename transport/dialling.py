@@ -17,6 +17,9 @@ from prfaas.transport.session import Session
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
+STEADY_S = 2.0
+"""A lane that lived so long was a good one: its redial begins with the shortest pause again. A peer that greets and
+drops us meets longer and longer ones."""
 
 log = get_logger("transport")
 
@@ -108,8 +111,10 @@ class Dialler:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     channel = await self._dial(index)
-                backoff_s = FIRST_BACKOFF_S
+                opened_s = self._now()
                 await asyncio.shield(channel.closed)
+                if self._now() - opened_s >= STEADY_S:
+                    backoff_s = FIRST_BACKOFF_S
             except RefusedByPeerError as error:
                 problem = error
                 if error.code == "unknown_session":

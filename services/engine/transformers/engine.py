@@ -31,6 +31,8 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._desk: Desk | None = None
+        self._dead = ""
+        """Why nothing can be computed any more."""
         self._lives: set[PrefillLife | DecodeLife] = set()
 
     @property
@@ -50,7 +52,7 @@ class TransformersEngine:
             eos_token_ids=loaded.eos_token_ids,
             arena_bytes=arena.total_bytes,
         )
-        stepper = Stepper(loaded.model, self._config, loop)
+        stepper = Stepper(loaded.model, self._config, loop, self._died)
         self._desk = Desk(self._config, info, arena, stepper, PrefillLine(self._config.max_prefills))
 
     async def close(self) -> None:
@@ -64,13 +66,18 @@ class TransformersEngine:
         finally:
             await desk.stepper.stop()
 
+    def _died(self, error: Exception) -> None:
+        self._dead = f"the engine has stopped computing ({error or type(error).__name__}); restart this node"
+        for life in list(self._lives):
+            life.stream.fail(EngineError(self._dead))
+
     def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> EventStream[PrefillEvent]:
-        life = PrefillLife(self._ready(), request, transfers)
+        life = PrefillLife(self._alive(), request, transfers)
         self._keep(life)
         return life.stream
 
     def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> EventStream[DecodeEvent]:
-        life = DecodeLife(self._ready(), request, transfers)
+        life = DecodeLife(self._alive(), request, transfers)
         self._keep(life)
         return life.stream
 
@@ -89,6 +96,11 @@ class TransformersEngine:
         if self._desk is None:
             raise EngineError("the engine has not been started, or is closed")
         return self._desk
+
+    def _alive(self) -> Desk:
+        if self._dead:
+            raise EngineError(self._dead)
+        return self._ready()
 
     def _keep(self, life: PrefillLife | DecodeLife) -> None:
         self._lives.add(life)

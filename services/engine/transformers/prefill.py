@@ -72,14 +72,14 @@ class Outbox:
 @dataclass(eq=False, slots=True)
 class PrefillJob:
     """Tokens [0, end) of a prompt. Belongs to the worker, except `abandoned`, which anyone may set: computing stops
-    before the next layer. On the loop's thread run on_step(tokens of the step, its duration) and on_end(None = all is
-    computed)."""
+    before the next layer. On the loop's thread run on_step(tokens computed so far, of them in this step, its seconds)
+    and on_end(None = all is computed)."""
 
     token_ids: Sequence[int]
     end: int
     kv: RequestKv
     outbox: Outbox | None
-    on_step: Callable[[int, float], None]
+    on_step: Callable[[int, int, float], None]
     on_end: Callable[[Exception | None], None]
     queued_s: float
     computed_tokens: int = 0

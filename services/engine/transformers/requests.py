@@ -207,10 +207,11 @@ class PrefillLife:
 
     # -- computing ----------------------------------------------------------------------------------------------------
 
-    def _stepped(self, tokens: int, duration_s: float) -> None:
+    def _stepped(self, computed_tokens: int, tokens: int, duration_s: float) -> None:
+        # The job's own count belongs to the thread, which may be a step further by now.
         self._desk.line.stepped(tokens, duration_s)
         if self._job is not None:
-            self.stream.push(PrefillProgress(max(0, self._job.computed_tokens - self._start)))
+            self.stream.push(PrefillProgress(max(0, computed_tokens - self._start)))
 
     def _computed(self, error: Exception | None) -> None:
         if self._job is None:  # it has stepped aside meanwhile
@@ -392,7 +393,15 @@ class DecodeLife:
             self._join_locally()
             asyncio.get_running_loop().call_soon(desk.line.leave, self)
             return True
-        self._job = PrefillJob(self._context, end, self._kv, None, desk.line.stepped, self._computed, self._queued_s)
+        self._job = PrefillJob(
+            self._context,
+            end,
+            self._kv,
+            None,
+            lambda _, tokens, duration_s: desk.line.stepped(tokens, duration_s),
+            self._computed,
+            self._queued_s,
+        )
         desk.stepper.add_prefill(self._job)
         return True
 

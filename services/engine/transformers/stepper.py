@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from prfaas.common import log
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import EngineError
 from prfaas.services.engine.api import DecodeEvent
@@ -21,12 +22,22 @@ from prfaas.services.engine.transformers.families import LayerwiseModel
 from prfaas.services.engine.transformers.prefill import PrefillJob, run_step
 from prfaas.services.engine.transformers.prefill_queue import TurnOrder
 
+_log = log.get_logger("engine")
+
 
 class Stepper:
     """Methods are called on the loop's thread."""
 
-    def __init__(self, model: LayerwiseModel, config: EngineConfig, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        config: EngineConfig,
+        loop: asyncio.AbstractEventLoop,
+        on_death: Callable[[Exception], None],
+    ) -> None:
+        """on_death: called on the loop's thread when the thread has ended by a mistake of ours."""
         self._model = model
+        self._on_death = on_death
         self._config = config
         self._loop = loop
         self._batch = SlipstreamBatch(model, config.max_batch)
@@ -90,12 +101,23 @@ class Stepper:
 
     def _run(self) -> None:
         torch.set_num_threads(self._config.threads)
-        with torch.inference_mode():
-            while self._wait_for_work():
-                if self._batch.can_run:
-                    self._decode_pass()
-                if (job := self._prefills.next()) is not None:
-                    self._prefill_step(job)
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    if self._batch.can_run:
+                        self._decode_pass()
+                    if (job := self._prefills.next()) is not None:
+                        self._prefill_step(job)
+        except Exception as error:  # a bug between two steps: nobody may wait for this thread any more
+            _log.error("the engine's thread has died", exc_info=error)
+            death = error
+            self._post(lambda: self._died(death))
+
+    def _died(self, error: Exception) -> None:
+        """On the loop's thread. Whoever waits for a command to be carried out gets it carried out here."""
+        while self._inbox:
+            self._inbox.popleft()()
+        self._on_death(error)
 
     def _wait_for_work(self) -> bool:
         """Carry out what the loop has submitted; sleep until there is something to compute. False: stop."""
@@ -144,8 +166,8 @@ class Stepper:
         except Exception as error:  # as above
             failure = EngineError(f"a prefill step failed: {error}")
         if failure is None:
-            tokens, duration_s = job.computed_tokens - before, time.monotonic() - started_s
-            self._post(lambda: job.on_step(tokens, duration_s))
+            after, duration_s = job.computed_tokens, time.monotonic() - started_s
+            self._post(lambda: job.on_step(after, after - before, duration_s))
         if failure is not None or not job.remaining_tokens:
             self._prefills.discard(job)
             self._post(lambda: job.on_end(failure))

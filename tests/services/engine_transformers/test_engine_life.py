@@ -527,3 +527,23 @@ async def test_closing_the_engine_ends_its_requests(tiny_model: Callable[[str], 
     with pytest.raises(EngineError, match="not been started, or is closed"):
         engine.load()
     await running.aclose()
+
+
+async def test_a_dead_thread_fails_everybody_at_once(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug between two steps ends the engine's thread: who waits hears of it, memory comes back, and the next request
+    is refused with the mend instead of waiting for ever."""
+    stepper = engine._desk.stepper
+
+    def bug() -> None:
+        raise RuntimeError("a bug")
+
+    events = engine.decode(request(n=3000), [])
+    async with asyncio.timeout(WAIT_S):
+        await anext(events)
+        monkeypatch.setattr(stepper._prefills, "next", bug)
+        with pytest.raises(EngineError, match="a bug"):
+            async for _ in events:
+                pass
+        await events.aclose()
+    with pytest.raises(EngineError, match="restart this node"):
+        engine.decode(request(), [])
