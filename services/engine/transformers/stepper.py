@@ -45,6 +45,8 @@ class Stepper:
         self._inbox: deque[Callable[[], None]] = deque()
         self._awake = threading.Condition()
         self._stopping = False
+        self._dead = False
+        """The thread's last words have been heard; it may still be on its way out."""
         self._woken = False
         self._thread = threading.Thread(target=self._run, name="prfaas-engine", daemon=True)
         self._thread.start()
@@ -74,7 +76,7 @@ class Stepper:
 
         if job is not None:
             job.abandoned = True
-        if not self._thread.is_alive():
+        if self._dead or not self._thread.is_alive():
             return
         self._submit(drop)
         await gone
@@ -115,6 +117,7 @@ class Stepper:
 
     def _died(self, error: Exception) -> None:
         """On the loop's thread. Whoever waits for a command to be carried out gets it carried out here."""
+        self._dead = True
         while self._inbox:
             self._inbox.popleft()()
         self._on_death(error)
