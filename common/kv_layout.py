@@ -192,6 +192,13 @@ class KvLayout:
         rows = max(0, head_end - head_start) if count > 0 else 0
         return Extent(rows, head_start, start, count, count * spec.row_bytes_per_token)
 
+    def extents(self, tokens: TokenRange, shard: Shard = WHOLE) -> list[list[Extent]]:
+        """Of every tensor: `[layer][tensor]`."""
+        return [
+            [self.extent(index, tensor, tokens, shard) for tensor in range(len(layer.tensors))]
+            for index, layer in enumerate(self.layers)
+        ]
+
     def layer_bytes(self, layer: int, tokens: TokenRange, shard: Shard = WHOLE) -> int:
         return sum(self.extent(layer, t, tokens, shard).total_bytes for t in range(len(self.layers[layer].tensors)))
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import re
 import resource
@@ -34,7 +33,7 @@ import uvloop
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prfaas.common import auth, log
-from prfaas.common.config import ClusterConfig, parse_address
+from prfaas.common.config import ClusterConfig, is_loopback, parse_address
 from prfaas.common.errors import (
     ConfigError,
     OutOfMemoryError,
@@ -176,16 +175,6 @@ def _listener(bind: str, key: str) -> socket.socket:
 
 def _find_dead_peers(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_PEER_S * 1000))
-
-
-def is_loopback(host: str) -> bool:
-    """Names other than localhost count as reachable from outside."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
 
 
 def read_secret(cluster: ClusterConfig) -> bytes:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prfaas.common.auth import NonceWindow
-from prfaas.common.config import TransportConfig, parse_address
+from prfaas.common.config import TransportConfig, is_loopback, parse_address
 from prfaas.common.errors import (
     ConfigError,
     PeerRefusedError,
@@ -99,7 +99,7 @@ class KvEndpoint:
     async def start(self) -> None:
         """Bind and listen. Raises ConfigError when the address can't be bound or may not be without a secret."""
         host, port = parse_address(self._config.bind)
-        if not self._secret and not _is_loopback(host):
+        if not self._secret and not is_loopback(host):
             raise ConfigError(
                 [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
                  "(cluster.secret_file)"]
@@ -411,10 +411,3 @@ def _is_wildcard(host: str) -> bool:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

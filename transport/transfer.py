@@ -44,14 +44,6 @@ class Cut(NamedTuple):
         return self.layer, self.tensor, self.row, self.offset_bytes
 
 
-def extents(layout: KvLayout, spec: TransferSpec) -> list[list[Extent]]:
-    """Of every layer and tensor."""
-    return [
-        [layout.extent(layer, tensor, spec.tokens, spec.shard) for tensor in range(len(entry.tensors))]
-        for layer, entry in enumerate(layout.layers)
-    ]
-
-
 def check_place(
     extents: Sequence[Sequence[Extent]], layer: int, tensor: int, row: int, offset_bytes: int, nbytes: int
 ) -> str | None:
@@ -71,7 +63,7 @@ class SendingTransfer:
     """put → next_chunk → sent → acknowledged (or damaged: once more). Raises ValueError on pieces that don't fit."""
 
     def __init__(self, layout: KvLayout, spec: TransferSpec, chunk_bytes: int) -> None:
-        self._extents = extents(layout, spec)
+        self._extents = layout.extents(spec.tokens, spec.shard)
         self._total_bytes = sum(e.total_bytes for layer in self._extents for e in layer)
         self._chunk_bytes = chunk_bytes
         self._ready: list[tuple[int, int, int, int, memoryview]] = []
@@ -226,7 +218,7 @@ class ReceivingTransfer:
     """place → (bytes come) → arrived. A range is claimed from `place` on: no two lanes ever write the same one."""
 
     def __init__(self, layout: KvLayout, spec: TransferSpec, window_bytes: int) -> None:
-        self._extents = extents(layout, spec)
+        self._extents = layout.extents(spec.tokens, spec.shard)
         self._missing = [sum(e.total_bytes for e in layer) for layer in self._extents]
         self._missing_layers = sum(1 for nbytes in self._missing if nbytes)
         self._claimed: dict[tuple[int, int, int], ByteRanges] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from aiohttp import web
 from prfaas.common import log
 from prfaas.common.auth import key_matches
-from prfaas.common.config import Config, RouterConfig, parse_address
+from prfaas.common.config import Config, RouterConfig, is_loopback, parse_address
 from prfaas.common.errors import (
     AuthenticationError,
     ConfigError,
@@ -350,7 +350,7 @@ async def run(config: Config) -> None:
     app = make_app(config)
     router = app[ROUTER]
     host, _ = parse_address(config.router.bind)
-    if not router.api_keys and not services_web.is_loopback(host):
+    if not router.api_keys and not is_loopback(host):
         logger.warning(
             "api_is_open", bind=config.router.bind, mend="set router.api_keys_file: anyone may send requests"
         )

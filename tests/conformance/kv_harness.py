@@ -36,7 +36,6 @@ from prfaas.transport.frames import (
 )
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
-from prfaas.transport.transfer import extents
 
 FINGERPRINT = "f" * 32
 SECRET = b"a secret of the test cluster"
@@ -70,7 +69,7 @@ class Destination:
     def __init__(self, layout: KvLayout, spec: TransferSpec) -> None:
         self.rows = {
             (layer, tensor, row): bytearray(b"\xa5" * extent.row_bytes)
-            for layer, tensors in enumerate(extents(layout, spec))
+            for layer, tensors in enumerate(layout.extents(spec.tokens, spec.shard))
             for tensor, extent in enumerate(tensors)
             for row in range(extent.rows)
         }
@@ -83,7 +82,7 @@ def content(layout: KvLayout, spec: TransferSpec, seed: int = 0) -> dict[tuple[i
     """Half random, half repeating, so that some chunks shrink and some don't."""
     rng = random.Random(seed)
     made = {}
-    for layer, tensors in enumerate(extents(layout, spec)):
+    for layer, tensors in enumerate(layout.extents(spec.tokens, spec.shard)):
         for tensor, extent in enumerate(tensors):
             for row in range(extent.rows):
                 made[layer, tensor, row] = (

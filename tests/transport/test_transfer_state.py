@@ -11,7 +11,7 @@ from prfaas.common.errors import ChecksumError, ProtocolError
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.transport.api import KvPiece, TransferSpec
 from prfaas.transport.frames import HEADER, FrameHeader, encode_chunk_header
-from prfaas.transport.transfer import ByteRanges, Cut, Placement, ReceivingTransfer, SendingTransfer, extents
+from prfaas.transport.transfer import ByteRanges, Cut, Placement, ReceivingTransfer, SendingTransfer
 
 KEY_AND_VALUE = tuple(TensorLayout(kind, "bfloat16", 2, (4,)) for kind in (TensorKind.KEY, TensorKind.VALUE))
 STATE = TensorLayout(TensorKind.RECURRENT, "float32", 1, (10, 3))
@@ -28,7 +28,7 @@ def header(cut: Cut) -> FrameHeader:
 def rows() -> list[tuple[int, int, int, int]]:
     return [
         (layer, tensor, row, extent.row_bytes)
-        for layer, tensors in enumerate(extents(LAYOUT, SPEC))
+        for layer, tensors in enumerate(LAYOUT.extents(SPEC.tokens, SPEC.shard))
         for tensor, extent in enumerate(tensors)
         for row in range(extent.rows)
     ]

@@ -198,14 +198,6 @@ def carve(arena: Arena, layout: KvLayout, capacity_tokens: int, received_end: in
     return None if region is None else RequestKv(layout, planned, region)
 
 
-def extents_of(layout: KvLayout, spec: TransferSpec) -> list[list[Extent]]:
-    """`[layer][tensor]`."""
-    return [
-        [layout.extent(index, tensor, spec.tokens, spec.shard) for tensor in range(len(layer.tensors))]
-        for index, layer in enumerate(layout.layers)
-    ]
-
-
 def fits(arena: Arena, layout: KvLayout, capacity_tokens: int, received_end: int | None = None) -> bool:
     """Whether an empty arena would have room."""
     return plan(layout, capacity_tokens, received_end).total_bytes <= arena.total_bytes

@@ -11,7 +11,7 @@ import torch
 from prfaas.common.kv_layout import KvLayout
 from prfaas.services.engine.transformers.attention import PrefillCache
 from prfaas.services.engine.transformers.families import LayerwiseModel
-from prfaas.services.engine.transformers.kv_memory import RequestKv, extents_of
+from prfaas.services.engine.transformers.kv_memory import RequestKv
 from prfaas.transport.api import KvSender
 
 
@@ -26,7 +26,7 @@ class Outbox:
         self, kv: RequestKv, layout: KvLayout, senders: Sequence[KvSender], *, hold: bool, opened: bool
     ) -> None:
         self._kv = kv
-        self._senders = [(sender, extents_of(layout, sender.spec)) for sender in senders]
+        self._senders = [(sender, layout.extents(sender.spec.tokens, sender.spec.shard)) for sender in senders]
         self._lock = threading.Lock()
         self._hold = hold
         self._opened = opened
