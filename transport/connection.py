@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import xxhash
 from prfaas.common.errors import ProtocolError
 from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
     MAX_CONTROL_BYTES,
+    RAW,
     ControlBody,
     FrameHeader,
     FrameType,
+    chunk_hasher,
     parse_body,
     parse_header,
 )
@@ -78,10 +81,14 @@ class Control(NamedTuple):
 
 
 class ChunkArrived(NamedTuple):
-    """A whole CHUNK. `data` is the buffer that the destination callback gave, or None: the bytes were drained."""
+    """A whole CHUNK. `data` is the buffer that the destination callback gave, or None: the bytes were drained.
+
+    checksum: of `data` in its place, for a raw chunk. It is taken part by part as the bytes come, while they are still
+    in the processor's cache; None for drained and encoded bytes."""
 
     header: FrameHeader
     data: memoryview | None
+    checksum: int | None
 
 
 Event = Control | ChunkArrived
@@ -98,6 +105,7 @@ class LaneConnection:
         self._body_buffer: memoryview | None = None
         self._sink: memoryview | None = None
         self._header: FrameHeader | None = None
+        self._hasher: xxhash.xxh3_64 | None = None
         self._target: memoryview | None = self._header_buffer
         self._filled = 0
         self._wanted = HEADER_BYTES
@@ -118,7 +126,10 @@ class LaneConnection:
 
     def advance(self, received_bytes: int) -> Sequence[Event]:
         """`received_bytes` were written to the start of `next_buffer()`. Raises ProtocolError."""
-        self._filled += received_bytes
+        before = self._filled
+        self._filled = before + received_bytes
+        if self._hasher is not None and self._target is not None:
+            self._hasher.update(self._target[before : self._filled])
         if self._filled < self._wanted:
             return ()
         try:
@@ -141,11 +152,11 @@ class LaneConnection:
         """The rest of a chunk of `transfer` that is on its way goes to the sink; its memory is not touched again."""
         header = self._header
         if header is not None and header.type == FrameType.CHUNK and header.transfer == transfer:
-            self._target = None
+            self._target = self._hasher = None
 
     def close(self) -> None:
         self.state = LaneState.CLOSED
-        self._header = None
+        self._header = self._hasher = None
         self._expect(self._header_buffer, HEADER_BYTES)
 
     def _expect(self, target: memoryview | None, wanted: int) -> None:
@@ -156,7 +167,10 @@ class LaneConnection:
         self._check_legal(header)
         self._header = header
         if header.type == FrameType.CHUNK:
-            self._expect(self._destination(header), header.body_bytes)
+            target = self._destination(header)
+            self._expect(target, header.body_bytes)
+            if header.codec == RAW and target is not None:
+                self._hasher = chunk_hasher(header.layer, header.tensor, header.row, header.offset_bytes)
         elif header.body_bytes == 0:
             raise ProtocolError(f"{FrameType(header.type).name} without a body")
         else:
@@ -176,11 +190,11 @@ class LaneConnection:
     def _body_complete(self, header: FrameHeader) -> Event:
         event: Event
         if header.type == FrameType.CHUNK:
-            event = ChunkArrived(header, self._target)
+            event = ChunkArrived(header, self._target, None if self._hasher is None else self._hasher.intdigest())
         else:
             assert self._target is not None
             event = Control(header, parse_body(header.type, self._target))
         self.state = TRANSITIONS[self.state][header.type]
-        self._header = None
+        self._header = self._hasher = None
         self._expect(self._header_buffer, HEADER_BYTES)
         return event

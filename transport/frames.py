@@ -43,6 +43,8 @@ MAX_REASON_CHARS = 1000
 """Of every text for people in a frame: fits ERROR's limit even when each character takes four bytes."""
 
 FROM_RECEIVER = 1
+RAW = 0
+"""The codec number of bytes that lie in their destination as they come; the others are in codecs/registry.py."""
 
 
 class FrameType(enum.IntEnum):
@@ -248,8 +250,16 @@ def encode_chunk_header(
 
 def chunk_checksum(data: memoryview, layer: int, tensor: int, row: int, offset_bytes: int) -> int:
     """xxh3-64 of a chunk's decoded bytes, seeded with its place: a header that was damaged on its way fails as well."""
-    seed = (layer << 48) ^ (tensor << 44) ^ (row << 24) ^ offset_bytes
-    return xxhash.xxh3_64_intdigest(data, seed & 0xFFFF_FFFF_FFFF_FFFF)
+    return xxhash.xxh3_64_intdigest(data, _seed(layer, tensor, row, offset_bytes))
+
+
+def chunk_hasher(layer: int, tensor: int, row: int, offset_bytes: int) -> xxhash.xxh3_64:
+    """The same checksum, for bytes that come in parts: `update` each, then `intdigest`."""
+    return xxhash.xxh3_64(seed=_seed(layer, tensor, row, offset_bytes))
+
+
+def _seed(layer: int, tensor: int, row: int, offset_bytes: int) -> int:
+    return ((layer << 48) ^ (tensor << 44) ^ (row << 24) ^ offset_bytes) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 def body_limit(type: int) -> int:
@@ -275,7 +285,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> FrameHeader:
             raise ProtocolError(f"CHUNK of {header.raw_bytes} decoded bytes; 1 to {MAX_CHUNK_BYTES} are allowed")
         if not 1 <= header.body_bytes <= header.raw_bytes:
             raise ProtocolError(f"CHUNK of {header.body_bytes} bytes on the wire for {header.raw_bytes} decoded")
-        if header.codec == 0 and header.body_bytes != header.raw_bytes:
+        if header.codec == RAW and header.body_bytes != header.raw_bytes:
             raise ProtocolError(f"raw CHUNK of {header.body_bytes} bytes says it decodes to {header.raw_bytes}")
     return header
 

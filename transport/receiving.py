@@ -24,11 +24,13 @@ from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvDestination, Reserve, TransferReport, TransferSpec
 from prfaas.transport.codecs.api import Codec, CodecError
-from prfaas.transport.codecs.registry import CODECS, RAW
+from prfaas.transport.codecs.registry import CODECS
+from prfaas.transport.connection import ChunkArrived
 from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
     MAX_REASON_CHARS,
+    RAW,
     Ack,
     Cancel,
     Credit,
@@ -155,8 +157,9 @@ class TransferReceiver:
             return target
         return self._session.scratch.take(chunk.body_bytes)
 
-    def arrived(self, channel: Channel, chunk: FrameHeader, data: memoryview | None) -> None:
+    def arrived(self, channel: Channel, event: ChunkArrived) -> None:
         """A CHUNK is here: in its place (raw), in a scratch buffer (encoded), or nowhere (a duplicate)."""
+        chunk, data, checksum = event
         assert self._state is not None
         assert self._session is not None
         self.report.wire_bytes += HEADER_BYTES + chunk.body_bytes
@@ -165,7 +168,6 @@ class TransferReceiver:
             self._session.acknowledge(channel, self._number, chunk.sequence)
             self._credit(channel)
         elif chunk.codec == RAW:
-            checksum = chunk_checksum(data, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes)
             self._checked(channel, chunk, checksum == chunk.checksum)
         else:
             self._decode(channel, chunk, data)

@@ -21,11 +21,12 @@ from prfaas.transport.api import LinkClock
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.clock import ClockEstimator
 from prfaas.transport.codecs.api import Codec
-from prfaas.transport.codecs.registry import RAW, codec_by_name
+from prfaas.transport.codecs.registry import codec_by_name
 from prfaas.transport.connection import ChunkArrived, Control, Event
 from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
+    RAW,
     Ack,
     Cancel,
     ControlBody,
@@ -45,9 +46,9 @@ from prfaas.transport.scratch import ScratchPool
 from prfaas.transport.sending import TransferSender, cancel_error
 from prfaas.transport.transfer import Cut
 
-ACK_DELAY_S = 0.002
+ACK_DELAY_S = 0.005
 """Acknowledgements wait so long for company: a frame a chunk would cost a tenth of a fast lane."""
-ACK_CHUNKS = 32
+ACK_CHUNKS = 64
 KEPT_ATTEMPTS = 4096
 """OPENs that were answered; beyond it a repeated OPEN is answered once more, which does no harm."""
 
@@ -379,7 +380,7 @@ class Session:
             header = event.header
             receiver = self._receivers.get(header.transfer)
             if receiver is not None:
-                receiver.arrived(channel, header, event.data)
+                receiver.arrived(channel, event)
             elif event.data is not None and header.codec != RAW:
                 self.scratch.give_back(event.data)
             self.counters.received(header.raw_bytes, HEADER_BYTES + header.body_bytes)

@@ -10,8 +10,6 @@ from prfaas.transport.codecs.api import Codec
 from prfaas.transport.codecs.lz4 import Lz4Codec
 from prfaas.transport.codecs.zstd import ZstdCodec
 
-RAW = 0
-
 CODECS: Mapping[int, Codec] = MappingProxyType({codec.number: codec for codec in (Lz4Codec(), ZstdCodec())})
 CODEC_NAMES = ("raw", *(codec.name for codec in CODECS.values()))
 
