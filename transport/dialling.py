@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from prfaas.common.errors import PeerRefusedError, ProtocolError
 from prfaas.common.log import get_logger
@@ -70,12 +70,12 @@ class RefusedByPeerError(PeerRefusedError):
 
 
 class Dialler:
-    """One task a lane. `addresses[0]` is dialled: the endpoint of worker rank 0."""
+    """One task a lane, all to one address: what answers elsewhere is another process, which needs its own session."""
 
     def __init__(
         self,
         session: Session,
-        addresses: Sequence[KvAddress],
+        address: KvAddress,
         backend: Backend,
         lanes: int,
         timeout_s: float,
@@ -85,7 +85,7 @@ class Dialler:
         now: Callable[[], float],
     ) -> None:
         self.session = session
-        self.addresses = list(addresses)
+        self.address = address
         self._backend = backend
         self._timeout_s = timeout_s
         self._hello = hello
@@ -127,7 +127,7 @@ class Dialler:
             except Exception as error:  # also what a malformed host or port makes the resolver raise
                 problem = error
             if problem is not None and backoff_s == FIRST_BACKOFF_S:
-                address = self.addresses[0]
+                address = self.address
                 log.warning(
                     "kv lane could not be opened; trying again",
                     peer=self.session.peer,
@@ -150,7 +150,7 @@ class Dialler:
         greeting = Greeting(accept)
         channel = Channel(greeting, self._now, session.peer)
         channel.index = index
-        address = self.addresses[0]
+        address = self.address
         hello = self._hello(session, index, session.usable)
         try:
             await self._backend.dial(address.host, address.port, channel)

@@ -87,7 +87,7 @@ class KvEndpoint:
         self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node)
         self._executor = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kv-codec")
         self._listener: Listener | None = None
-        self._dialled: dict[str, Dialler] = {}
+        self._dialled: dict[tuple[str, KvAddress], Dialler] = {}
         self._accepted: dict[tuple[str, str], Session] = {}
         self._receivers: dict[str, TransferReceiver] = {}
         self._greeting: set[Greeter] = set()
@@ -147,42 +147,47 @@ class KvEndpoint:
     # -- peers
 
     def connect(self, node: str, addresses: Sequence[KvAddress]) -> None:
-        """Open a session to `node` in the background and keep it open. Idempotent; new addresses replace old ones.
+        """Open a session to `node` at these addresses in the background and keep it open. Idempotent.
+
+        A session belongs to an address, since another address is another process: routers that tell different ones
+        make two sessions, and neither disturbs the other. So a node that has moved is dialled at once, and what an old
+        process that lives on still has under way ends in peace; each ticket goes to the process that issued it.
+
         Raises TransferCancelledError on an endpoint that is closed."""
+        self._dial(node, addresses)
+
+    def _dial(self, node: str, addresses: Sequence[KvAddress]) -> Dialler:
         if self._closed:
             raise TransferCancelledError("the node is shutting down")
         if not addresses:
             raise ConfigError([f"node {node!r} advertises no KV address"])
-        dialler = self._dialled.get(node)
-        if dialler is not None:
-            if dialler.addresses != list(addresses):
-                dialler.addresses = list(addresses)
-                dialler.session.refusal = None
-                dialler.session.close("the peer's address has changed")
-            return
-        session = self._new_session(secrets.token_hex(16), node, self._dialled_empty)
-        self._dialled[node] = Dialler(
-            session,
-            addresses,
-            self._backend,
-            self._config.lanes,
-            self._config.open_timeout_s,
-            self._make_hello,
-            self._check_answer,
-            lambda: secrets.token_hex(16),
-            time.monotonic,
-        )
+        address = min(addresses, key=lambda a: a.rank)  # in whatever order they were told
+        dialler = self._dialled.pop((node, address), None)
+        if dialler is None:
+            dialler = Dialler(
+                self._new_session(secrets.token_hex(16), node, self._dialled_empty),
+                address,
+                self._backend,
+                self._config.lanes,
+                self._config.open_timeout_s,
+                self._make_hello,
+                self._check_answer,
+                lambda: secrets.token_hex(16),
+                time.monotonic,
+            )
+        self._dialled[node, address] = dialler  # last: the newest
+        return dialler
 
     def forget(self, node: str) -> None:
-        """Close the session that we dialled to `node`, if it has no transfers. `connect` opens it again."""
-        dialler = self._dialled.get(node)
-        if dialler is not None and dialler.session.idle:
-            del self._dialled[node]
-            self._run(self._close_dialler(dialler))
+        """Close the sessions that we dialled to `node`, if they have no transfers. `connect` opens them again."""
+        for key, dialler in list(self._dialled.items()):
+            if key[0] == node and dialler.session.idle:
+                del self._dialled[key]
+                self._run(self._close_dialler(dialler))
 
     def clock(self, node: str) -> LinkClock | None:
         """Of the session to `node`, or None: no session, or no PONG yet."""
-        session = self._session_to(node)
+        session = self._dialled_to(node) or self._accepted_from(node)
         return session.link_clock() if session else None
 
     # -- transfers
@@ -205,18 +210,24 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
-        if addresses and (node in self._dialled or self._session_to(node) is None):
-            self.connect(node, addresses)
-        session = self._session_to(node)
+        session = self._dialled_to(node)
+        accepted = self._accepted_from(node) if session is None else None
+        if addresses and accepted is None:
+            # Told by the process that issued the ticket: an older session of the name may lead to its predecessor.
+            session = self._dial(node, addresses).session
+        session = session or accepted
         if session is None:
             raise TicketError(f"no session to {node} and no address to dial")
         return TransferSender(spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s)
 
     # -- inside
 
-    def _session_to(self, node: str) -> Session | None:
-        if node in self._dialled:
-            return self._dialled[node].session
+    def _dialled_to(self, node: str) -> Session | None:
+        """The one told last among those that are up, or among all when none is."""
+        sessions = [dialler.session for (peer, _), dialler in reversed(self._dialled.items()) if peer == node]
+        return next((session for session in sessions if session.usable), sessions[0] if sessions else None)
+
+    def _accepted_from(self, node: str) -> Session | None:
         # The newest: the lanes of an older one may be dead without our having noticed.
         return next((session for (peer, _), session in reversed(self._accepted.items()) if peer == node), None)
 
