@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from collections.abc import Callable
 
 from prfaas.common.errors import PeerRefusedError, ProtocolError
@@ -13,6 +14,7 @@ from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.connection import Control, Event
 from prfaas.transport.frames import Error, FrameHeader, Hello
 from prfaas.transport.lanes.api import Backend
+from prfaas.transport.sending import TransferSender
 from prfaas.transport.session import Session
 
 FIRST_BACKOFF_S = 0.05
@@ -86,6 +88,8 @@ class Dialler:
     ) -> None:
         self.session = session
         self.address = address
+        self.senders: weakref.WeakSet[TransferSender] = weakref.WeakSet()
+        """All that were made for this session; the session itself knows only those that have sent OPEN."""
         self._backend = backend
         self._timeout_s = timeout_s
         self._hello = hello
@@ -94,6 +98,11 @@ class Dialler:
         self._now = now
         self._random = random.Random()  # noqa: S311 - jitter
         self._tasks = [asyncio.create_task(self._keep(index)) for index in range(lanes)]
+
+    @property
+    def in_use(self) -> bool:
+        """By a transfer, or by a sender that was made and has not opened its transfer yet."""
+        return not self.session.idle or any(sender.number == 0 and sender.failed is None for sender in self.senders)
 
     async def aclose(self) -> None:
         for task in self._tasks:

@@ -179,15 +179,17 @@ class KvEndpoint:
         return dialler
 
     def forget(self, node: str) -> None:
-        """Close the sessions that we dialled to `node`, if they have no transfers. `connect` opens them again."""
+        """Close the sessions that we dialled to `node`, but none with a transfer or with a sender that will open one.
+        `connect` opens them again."""
         for key, dialler in list(self._dialled.items()):
-            if key[0] == node and dialler.session.idle:
+            if key[0] == node and not dialler.in_use:
                 del self._dialled[key]
                 self._run(self._close_dialler(dialler))
 
     def clock(self, node: str) -> LinkClock | None:
         """Of the session to `node`, or None: no session, or no PONG yet."""
-        session = self._dialled_to(node) or self._accepted_from(node)
+        dialler = self._dialled_to(node)
+        session = dialler.session if dialler is not None else self._accepted_from(node)
         return session.link_clock() if session else None
 
     # -- transfers
@@ -210,22 +212,27 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
-        session = self._dialled_to(node)
-        accepted = self._accepted_from(node) if session is None else None
-        if addresses and accepted is None:
+        accepted = self._accepted_from(node)
+        dialler = self._dialled_to(node)
+        if addresses and (dialler is not None or accepted is None):
             # Told by the process that issued the ticket: an older session of the name may lead to its predecessor.
-            session = self._dial(node, addresses).session
-        session = session or accepted
+            dialler = self._dial(node, addresses)
+        session = dialler.session if dialler is not None else accepted
         if session is None:
             raise TicketError(f"no session to {node} and no address to dial")
-        return TransferSender(spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s)
+        sender = TransferSender(
+            spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s
+        )
+        if dialler is not None:
+            dialler.senders.add(sender)
+        return sender
 
     # -- inside
 
-    def _dialled_to(self, node: str) -> Session | None:
+    def _dialled_to(self, node: str) -> Dialler | None:
         """The one told last among those that are up, or among all when none is."""
-        sessions = [dialler.session for (peer, _), dialler in reversed(self._dialled.items()) if peer == node]
-        return next((session for session in sessions if session.usable), sessions[0] if sessions else None)
+        diallers = [dialler for (peer, _), dialler in reversed(self._dialled.items()) if peer == node]
+        return next((d for d in diallers if d.session.usable), diallers[0] if diallers else None)
 
     def _accepted_from(self, node: str) -> Session | None:
         # The newest: the lanes of an older one may be dead without our having noticed.

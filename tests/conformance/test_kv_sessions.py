@@ -54,3 +54,27 @@ async def test_a_ticket_goes_to_the_process_that_issued_it(backend: MakeBackend)
             await before.complete()
         finally:
             await old.aclose()
+
+
+# -- sessions that nobody needs ---------------------------------------------------------------------------------------
+
+
+async def test_a_session_is_not_closed_under_a_sender_that_will_open(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """Prefill waits for its turn between `sender` and `open`: `forget` leaves the lanes until that transfer has ended;
+    a sender that was closed, or dropped, without having opened holds nothing."""
+    async with pair(faulty, dense()) as p:
+        await p.send()
+        lanes = len(faults[0].lanes)
+        transfer = p.offer(spec_of(p.layout))
+        p.near.forget("far")
+        await transfer.sender.open()
+        transfer.put_all()
+        await transfer.complete()
+        assert len(faults[0].lanes) == lanes
+        closed, dropped = p.offer(spec_of(p.layout)), p.offer(spec_of(p.layout))
+        await closed.sender.aclose()
+        dropped.sender = None
+        p.near.forget("far")
+        assert p.near.clock("far") is None
