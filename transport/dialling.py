@@ -7,6 +7,7 @@ import random
 import weakref
 from collections.abc import Callable
 
+from prfaas.common.config import TransportConfig
 from prfaas.common.errors import PeerRefusedError, ProtocolError
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
@@ -79,11 +80,11 @@ class Dialler:
         session: Session,
         address: KvAddress,
         backend: Backend,
-        lanes: int,
-        timeout_s: float,
+        config: TransportConfig,
         hello: MakeHello,
         check: CheckAnswer,
         new_session_id: Callable[[], str],
+        on_idle: Callable[[Dialler], None],
         now: Callable[[], float],
     ) -> None:
         self.session = session
@@ -91,20 +92,41 @@ class Dialler:
         self.senders: weakref.WeakSet[TransferSender] = weakref.WeakSet()
         """All that were made for this session; the session itself knows only those that have sent OPEN."""
         self._backend = backend
-        self._timeout_s = timeout_s
+        self._timeout_s = config.open_timeout_s
+        self._idle_s = config.idle_s
         self._hello = hello
         self._check = check
         self._new_session_id = new_session_id
+        self._on_idle = on_idle
         self._now = now
         self._random = random.Random()  # noqa: S311 - jitter
-        self._tasks = [asyncio.create_task(self._keep(index)) for index in range(lanes)]
+        self._tasks = [asyncio.create_task(self._keep(index)) for index in range(config.lanes)]
+        self._loop = asyncio.get_running_loop()
+        self._wanted_s = now()
+        self._idle_timer = self._loop.call_later(self._idle_s, self._look_if_idle)
 
     @property
     def in_use(self) -> bool:
         """By a transfer, or by a sender that was made and has not opened its transfer yet."""
         return not self.session.idle or any(sender.number == 0 and sender.failed is None for sender in self.senders)
 
+    def wanted(self) -> None:
+        """A router lists the peer, or a ticket names it: the session is kept for `idle_s` from now."""
+        self._wanted_s = self._now()
+
+    def _look_if_idle(self) -> None:
+        """`on_idle` is called once, between one and two `idle_s` after the last use."""
+        now = self._now()
+        if self.in_use:
+            self._wanted_s = now
+        left_s = self._wanted_s + self._idle_s - now
+        if left_s > 0:
+            self._idle_timer = self._loop.call_later(left_s, self._look_if_idle)
+        else:
+            self._on_idle(self)
+
     async def aclose(self) -> None:
+        self._idle_timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -43,6 +43,9 @@ from prometheus_client import CollectorRegistry
 
 MAX_GREETING_LANES = 256
 """Lanes that have connected but not said HELLO yet; more are closed at once, so strangers can't fill our memory."""
+MAX_SPARE_SESSIONS = 4
+"""To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
+each time. The one told longest ago makes room."""
 CLOSE_S = 1.0
 """How long lanes may take to say why they close."""
 
@@ -147,7 +150,9 @@ class KvEndpoint:
     # -- peers
 
     def connect(self, node: str, addresses: Sequence[KvAddress]) -> None:
-        """Open a session to `node` at these addresses in the background and keep it open. Idempotent.
+        """Open a session to `node` at these addresses in the background, and keep it open for `transport.idle_s` from
+        now: called at each heartbeat, it is a lease. Without it a session lives as long as it has transfers, or senders
+        that will open one, and is closed when there were none for `idle_s`.
 
         A session belongs to an address, since another address is another process: routers that tell different ones
         make two sessions, and neither disturbs the other. So a node that has moved is dialled at once, and what an old
@@ -164,27 +169,34 @@ class KvEndpoint:
         address = min(addresses, key=lambda a: a.rank)  # in whatever order they were told
         dialler = self._dialled.pop((node, address), None)
         if dialler is None:
+            self._make_room(node)
             dialler = Dialler(
                 self._new_session(secrets.token_hex(16), node, self._dialled_empty),
                 address,
                 self._backend,
-                self._config.lanes,
-                self._config.open_timeout_s,
+                self._config,
                 self._make_hello,
                 self._check_answer,
                 lambda: secrets.token_hex(16),
+                self._hang_up,
                 time.monotonic,
             )
+        dialler.wanted()
         self._dialled[node, address] = dialler  # last: the newest
         return dialler
 
-    def forget(self, node: str) -> None:
-        """Close the sessions that we dialled to `node`, but none with a transfer or with a sender that will open one.
-        `connect` opens them again."""
-        for key, dialler in list(self._dialled.items()):
-            if key[0] == node and not dialler.in_use:
-                del self._dialled[key]
-                self._run(self._close_dialler(dialler))
+    def _make_room(self, node: str) -> None:
+        spare = [d for (peer, _), d in self._dialled.items() if peer == node and not d.in_use]
+        if len(spare) >= MAX_SPARE_SESSIONS:
+            self._hang_up(spare[0])
+
+    def _hang_up(self, dialler: Dialler) -> None:
+        """Close a session that nobody needs; the other side sees its lanes close."""
+        key = (dialler.session.peer, dialler.address)
+        if self._dialled.get(key) is dialler:  # not while the endpoint closes all of them
+            del self._dialled[key]
+            log.info("kv session closed", peer=dialler.session.peer, reason="no longer needed")
+            self._run(self._close_dialler(dialler))
 
     def clock(self, node: str) -> LinkClock | None:
         """Of the session to `node`, or None: no session, or no PONG yet."""

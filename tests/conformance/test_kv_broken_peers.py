@@ -415,7 +415,6 @@ async def half_sent(p: Pair) -> AsyncIterator[tuple[StoppingReceiver, KvSender]]
     finally:
         peer.read_on.set()
         await sender.aclose()
-        p.near.forget("raw")
         server.close()
 
 
@@ -471,10 +470,13 @@ async def test_other_names_of_this_machine(bind: str) -> None:
     """IPv6, and a name instead of an address."""
     async with pair(TcpBackend, dense(), bind=bind) as p:
         await p.send()
-        p.near.forget("far")
+        transfer = p.offer(spec_of(p.layout))
         if bind.startswith("localhost"):
-            p.near.connect("far", [KvAddress("localhost", p.far.addresses[0].port)])
-        await p.send(seed=1)
+            by_name = [KvAddress("localhost", p.far.addresses[0].port)]
+            transfer.sender = p.near.sender(transfer.ticket, "far", by_name)
+        await transfer.sender.open()
+        transfer.put_all()
+        await transfer.complete()
 
 
 @pytest.mark.parametrize("address", [KvAddress("127.0.0.1", 99999), KvAddress("x" * 70 + ".invalid", 9)])
@@ -518,6 +520,5 @@ async def test_a_wrong_model_is_refused_by_the_dialler_too() -> None:
                 await sender.open()
         await sender.aclose()
         await transfer.receiver.aclose()
-        p.near.forget("impostor")
         server.close()
         await p.send()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import structlog
 from prfaas.transport.api import KvAddress
 
 from tests.conformance.kv_harness import FaultyBackend, MakeBackend, dense, pair, spec_of
@@ -59,22 +62,49 @@ async def test_a_ticket_goes_to_the_process_that_issued_it(backend: MakeBackend)
 # -- sessions that nobody needs ---------------------------------------------------------------------------------------
 
 
-async def test_a_session_is_not_closed_under_a_sender_that_will_open(
-    faulty: MakeBackend, faults: list[FaultyBackend]
-) -> None:
-    """Prefill waits for its turn between `sender` and `open`: `forget` leaves the lanes until that transfer has ended;
-    a sender that was closed, or dropped, without having opened holds nothing."""
-    async with pair(faulty, dense()) as p:
+async def test_an_idle_session_closes_on_both_sides(faulty: MakeBackend, faults: list[FaultyBackend]) -> None:
+    """By itself, when nobody has asked for it for `idle_s`; whoever needs it later opens it again."""
+    async with pair(faulty, dense(), idle_s=0.1) as p:
+        await p.send()
+        await faults[0].until_lost(2 * p.config.lanes)
+        assert p.near.clock("far") is None
+        assert p.far.clock("near") is None
+        await p.send(seed=1)
+
+
+async def test_a_session_is_not_closed_under_a_transfer(faulty: MakeBackend, faults: list[FaultyBackend]) -> None:
+    """Nor under a sender that waits for its turn before it opens: the idle time begins when they have ended. A sender
+    that was closed, or dropped, without having opened holds nothing."""
+    async with pair(faulty, dense(), idle_s=0.1) as p, contextlib.aclosing(p.endpoint("other")) as other:
+        await other.start()
         await p.send()
         lanes = len(faults[0].lanes)
-        transfer = p.offer(spec_of(p.layout))
-        p.near.forget("far")
-        await transfer.sender.open()
-        transfer.put_all()
-        await transfer.complete()
-        assert len(faults[0].lanes) == lanes
+        for opened in (False, True):
+            transfer = p.offer(spec_of(p.layout))
+            if opened:
+                await transfer.sender.open()
+            before = len(faults[0].lanes)
+            p.near.connect("other", other.addresses)  # asked for later, and closed when that was too long ago
+            await faults[0].until_lost(lanes, after=before)
+            assert all(handler.open for handler in faults[0].lanes[:lanes])
+            if not opened:
+                await transfer.sender.open()
+            transfer.put_all()
+            await transfer.complete()
         closed, dropped = p.offer(spec_of(p.layout)), p.offer(spec_of(p.layout))
         await closed.sender.aclose()
         dropped.sender = None
-        p.near.forget("far")
-        assert p.near.clock("far") is None
+        await faults[0].until_lost(lanes)
+
+
+async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backend: MakeBackend) -> None:
+    """Its earlier addresses make room, except where a transfer is."""
+    async with pair(backend, dense()) as p:
+        transfer = p.offer(spec_of(p.layout))
+        await transfer.sender.open()
+        with structlog.testing.capture_logs() as logs:
+            for port in range(60000, 60020):
+                p.near.connect("far", [KvAddress("127.0.0.1", port)])
+        assert len([entry for entry in logs if entry["event"] == "kv session closed"]) == 16, logs
+        transfer.put_all()
+        await transfer.complete()

@@ -138,6 +138,25 @@ async def test_heartbeats_tell_load_role_and_clocks(cluster: Any, router: Any, m
     stream.response.close()
 
 
+async def test_sessions_live_as_long_as_a_router_lists_the_peer(cluster: Any, router: Any, until: Any) -> None:
+    """Lanes are open before any request and stay open without one, beyond `transport.idle_s`; when no answer names the
+    peer any more they close by themselves on both sides, and come back when one does."""
+    decode = await cluster.node("decode")
+    prefill = await cluster.node("prefill", transport={"idle_s": 1.0})
+
+    def lanes(number: float) -> bool:
+        return all(f"prfaas_transport_lanes {number}" in node.metrics.render().decode() for node in (prefill, decode))
+
+    await until(lambda: lanes(2.0))
+    heard = len(router.seen)
+    await until(lambda: len(router.seen) >= heard + 2 * 15)  # of two nodes, every 0.1 s
+    assert "prfaas_transport_lane_losses_total{" not in prefill.metrics.render().decode()
+    router.unlisted.add("decode")
+    await until(lambda: lanes(0.0))
+    router.unlisted.clear()
+    await until(lambda: lanes(2.0))
+
+
 async def test_a_draining_node_takes_nothing_new(cluster: Any, router: Any, make_call: Any) -> None:
     """It tells the routers at once, refuses with Retry-After, is not ready; what runs ends as if nothing were."""
     node = await cluster.node("decode", node={"heartbeat_s": 30.0}, **SLOW)
