@@ -27,7 +27,8 @@ drops us meets longer and longer ones."""
 log = get_logger("transport")
 
 MakeHello = Callable[[Session, int, bool], Hello]
-CheckAnswer = Callable[[Hello, Hello], None]
+CheckAnswer = Callable[[Hello, Hello, str], None]
+"""Of the answer, our HELLO, and the peer that we meant; raises PeerRefusedError."""
 
 
 class Greeting:
@@ -46,7 +47,8 @@ class Greeting:
                 self._accept(channel, event.body)
             except PeerRefusedError as error:
                 self.accepted.set_exception(error)
-                raise
+                channel.close(str(error), "hello_refused")  # the dialling task logs it, once and not at each attempt
+                return
             self.accepted.set_result(None)
         elif isinstance(event.body, Error):
             self.accepted.set_exception(RefusedByPeerError(event.body.code, event.body.detail))
@@ -173,7 +175,7 @@ class Dialler:
         session, session_id = self.session, self.session.id
 
         def accept(channel: Channel, answer: Hello) -> None:
-            self._check(answer, hello)
+            self._check(answer, hello, session.peer)
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)

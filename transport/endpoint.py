@@ -331,10 +331,10 @@ class KvEndpoint:
             answer=answer,
         )
 
-    def _check_answer(self, answer: Hello, ours: Hello) -> None:
-        self._check(answer, expect_answer_to=ours.nonce)
+    def _check_answer(self, answer: Hello, ours: Hello, peer: str) -> None:
+        self._check(answer, expect_answer_to=ours.nonce, expect_node=peer)
 
-    def _check(self, hello: Hello, expect_answer_to: str | None = None) -> None:
+    def _check(self, hello: Hello, expect_answer_to: str | None = None, expect_node: str | None = None) -> None:
         check_hello(
             hello,
             secret=self._secret,
@@ -343,6 +343,7 @@ class KvEndpoint:
             skew_s=self._skew_s,
             nonces=self._nonces,
             expect_answer_to=expect_answer_to,
+            expect_node=expect_node,
         )
         if self._config.codec not in hello.codecs:
             raise PeerRefusedError(f"{hello.node} does not have codec {self._config.codec!r}")

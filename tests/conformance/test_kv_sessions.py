@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import structlog
+from prfaas.common.errors import PeerRefusedError
 from prfaas.transport.api import KvAddress
 
 from tests.conformance.kv_harness import FaultyBackend, MakeBackend, dense, pair, spec_of
@@ -57,6 +59,20 @@ async def test_a_ticket_goes_to_the_process_that_issued_it(backend: MakeBackend)
             await before.complete()
         finally:
             await old.aclose()
+
+
+async def test_who_answers_must_be_the_node_that_was_dialled(backend: MakeBackend) -> None:
+    """Another node of the cluster listens where a router said this one would: a clear error that names both, at once,
+    and no byte of KV for the wrong one."""
+    async with pair(backend, dense()) as p, contextlib.aclosing(p.endpoint("third")) as third:
+        await third.start()
+        transfer = p.offer(spec_of(p.layout))
+        await transfer.sender.aclose()
+        transfer.sender = p.near.sender(transfer.ticket, "far", third.addresses)
+        with pytest.raises(PeerRefusedError, match="third answers where far was dialled"):
+            await transfer.sender.open()
+        await transfer.receiver.aclose()
+        await p.send()
 
 
 # -- sessions that nobody needs ---------------------------------------------------------------------------------------
