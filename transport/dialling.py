@@ -148,15 +148,11 @@ class Dialler:
                 await asyncio.shield(channel.closed)
                 if self._now() - opened_s >= STEADY_S:
                     backoff_s = FIRST_BACKOFF_S
-            except RefusedByPeerError as error:
-                problem = error
-                if error.code == "unknown_session":
-                    self.session.close("the peer has restarted")
-                elif error.code == "hello_refused":
-                    self.session.refused(error)
             except PeerRefusedError as error:
                 problem = error
-                self.session.refused(error)
+                of_hello = not isinstance(error, RefusedByPeerError) or error.code == "hello_refused"
+                if of_hello and not self.session.usable:  # beside lanes that are up it says nothing of the session
+                    self.session.refused(error)
             except Exception as error:  # also what a malformed host or port makes the resolver raise
                 problem = error
             if problem is not None and backoff_s == FIRST_BACKOFF_S:
@@ -189,7 +185,9 @@ class Dialler:
             await self._backend.dial(address.host, address.port, channel)
             channel.send(hello)
             await greeting.accepted
-        except BaseException:
+        except BaseException as error:
             channel.abort("HELLO failed")
+            if isinstance(error, RefusedByPeerError) and error.code == "unknown_session" and session.id == session_id:
+                session.close("the peer has restarted")  # unless that has been noticed, and a new session begun
             raise
         return channel

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 
 import pytest
 import structlog
-from prfaas.common.errors import PeerRefusedError
+from prfaas.common.errors import PeerRefusedError, TransferCancelledError
 from prfaas.transport.api import KvAddress
+from prfaas.transport.frames import Error, FrameType, Hello, Ping, encode_control
+from prfaas.transport.handshake import signed
+from prfaas.transport.lanes.tcp import TcpBackend
+from prfaas.transport.ticket import TicketBook
 
-from tests.conformance.kv_harness import FaultyBackend, MakeBackend, dense, pair, spec_of
+from tests.conformance.kv_harness import (
+    SECRET,
+    SOON_S,
+    FaultyBackend,
+    MakeBackend,
+    RawLane,
+    dense,
+    hello_body,
+    pair,
+    spec_of,
+)
 
 # -- where a node is --------------------------------------------------------------------------------------------------
 
@@ -124,3 +140,94 @@ async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backen
         assert len([entry for entry in logs if entry["event"] == "kv session closed"]) == 16, logs
         transfer.put_all()
         await transfer.complete()
+
+
+# -- answers that come late -------------------------------------------------------------------------------------------
+
+
+class Acceptor:
+    """A KV port by hand: `hello` waits for a lane and its HELLO, `answer` and `refuse` say what becomes of it, `alive`
+    that the other side still has it."""
+
+    def __init__(self) -> None:
+        self._lanes: asyncio.Queue[RawLane] = asyncio.Queue()
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[KvAddress]:
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                lane = RawLane(reader, writer)
+                stack.push_async_callback(lane.aclose)
+                self._lanes.put_nowait(lane)
+
+            server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+            stack.callback(server.close)
+            yield KvAddress(*server.sockets[0].getsockname()[:2])
+
+    async def hello(self) -> tuple[RawLane, Hello]:
+        async with asyncio.timeout(SOON_S):
+            lane = await self._lanes.get()
+        return lane, await lane.until(FrameType.HELLO)
+
+    def answer(self, lane: RawLane, hello: Hello) -> None:
+        body = hello_body(hello.session, hello.lane, hello.lanes, answer=True)
+        lane.writer.write(encode_control(signed(body, SECRET, hello.nonce)))
+
+    async def alive(self, lane: RawLane) -> None:
+        lane.writer.write(encode_control(Ping(1.0)))
+        await lane.until(FrameType.PONG)
+
+    async def refuse(self, lane: RawLane, code: str) -> None:
+        lane.writer.write(encode_control(Error(code, "no")))
+        await lane.until_closed()
+
+
+@pytest.fixture
+def acceptor() -> Acceptor:
+    return Acceptor()
+
+
+async def test_an_old_session_that_is_unknown_does_not_end_the_new_one(acceptor: Acceptor) -> None:
+    """A lane resumes a session; before the answer comes all other lanes die and a new session begins. The answer, that
+    the old one is unknown, then says nothing of the new one."""
+    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+        p.near.connect("raw", [address])
+        (first, _), (second, _) = hellos = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(*hellos[0])
+        await acceptor.alive(first)
+        await second.aclose()
+        late, resuming = await acceptor.hello()
+        assert resuming.resume
+        await first.aclose()
+        fresh, beginning = await acceptor.hello()
+        assert beginning.session != resuming.session
+        acceptor.answer(fresh, beginning)
+        await acceptor.alive(fresh)
+        await acceptor.refuse(late, "unknown_session")
+        _, joining = await acceptor.hello()
+        assert (joining.session, joining.resume) == (beginning.session, True)
+        await acceptor.alive(fresh)
+
+
+async def test_one_refused_lane_is_not_the_sessions_refusal(acceptor: Acceptor) -> None:
+    """It was refused while another lane was up. When that one dies too, a sender waits until a lane is back instead of
+    failing for an old reason."""
+    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+        ticket = TicketBook(b"k" * 32, "raw").issue(spec_of(p.layout), 0.0)
+        sender = p.near.sender(ticket, "raw", [address])
+        hellos = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(*hellos[0])
+        await acceptor.alive(hellos[0][0])
+        await acceptor.refuse(hellos[1][0], "hello_refused")
+        again = await acceptor.hello()  # the refused lane: it has seen the refusal
+        await hellos[0][0].aclose()
+        other = await acceptor.hello()  # the lane that died
+        opening = asyncio.create_task(sender.open())
+        await asyncio.sleep(0)  # it has begun to wait
+        acceptor.answer(*other)
+        await other[0].until(FrameType.OPEN)
+        await sender.aclose()
+        with pytest.raises(TransferCancelledError):
+            await opening
+        await again[0].aclose()
