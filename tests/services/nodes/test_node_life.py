@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
+from prfaas.services.engine.emulated.engine import EmulatedEngine
+from prfaas.services.node.app import running_node
 
 LONG = bytes(65 + i % 26 for i in range(1500))
 SLOW = {"time_scale": 1.0, "decode_step_s": 0.02}
@@ -119,6 +121,18 @@ async def test_a_restarted_router_hears_of_the_node_again(cluster: Any, router: 
     async with again.listening(port):
         beat = await again.saw(lambda b: True)
         assert (beat.node, beat.epoch, beat.url) == (node.name, node.epoch, node.url)
+
+
+async def test_a_router_is_not_dead_because_the_node_left(cluster: Any, router: Any) -> None:
+    """The last heartbeat is answered as well, and nobody waits for the next one."""
+    config = cluster.config("decode", node={"router_dead_s": 1.0})
+    async with running_node(config, "decode", EmulatedEngine(config.engine)) as node:
+        await router.saw(lambda b: True)
+    assert router.seen[-1].leaving
+    later = asyncio.Event()
+    asyncio.get_running_loop().call_later(1.1, later.set)  # after the timer would have fired
+    await later.wait()
+    assert "prfaas_node_leases_freed_total{" not in node.metrics.render().decode()
 
 
 async def test_heartbeats_tell_load_role_and_clocks(cluster: Any, router: Any, make_call: Any) -> None:
