@@ -42,7 +42,8 @@ from prfaas.transport.ticket import KEY_BYTES, TicketBook, read_claims
 from prometheus_client import CollectorRegistry
 
 MAX_GREETING_LANES = 256
-"""Lanes that have connected but not said HELLO yet; more are closed at once, so strangers can't fill our memory."""
+"""Lanes that have connected but not said HELLO yet, so that strangers can't fill our memory. One more closes the
+oldest: strangers that say nothing must not keep out a node, whose HELLO follows at once."""
 MAX_SPARE_SESSIONS = 4
 """To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
 each time. The one told longest ago makes room."""
@@ -93,7 +94,8 @@ class KvEndpoint:
         self._dialled: dict[tuple[str, KvAddress], Dialler] = {}
         self._accepted: dict[tuple[str, str], Session] = {}
         self._receivers: dict[str, TransferReceiver] = {}
-        self._greeting: set[Greeter] = set()
+        self._greeting: dict[Greeter, None] = {}
+        """In order of arrival."""
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -107,14 +109,16 @@ class KvEndpoint:
                 [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
                  "(cluster.secret_file)"]
             )  # fmt: skip
-        if _is_wildcard(host) and not self._config.advertise:
-            raise ConfigError(
-                [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
-            )
         try:
             self._listener = await self._backend.listen(host, port, self._accept)
         except OSError as error:
             raise ConfigError([f"transport.bind = {self._config.bind}: {error.strerror or error}"]) from error
+        # Where it really listens: a name, or 0, may stand for a wildcard.
+        if not self._config.advertise and _is_wildcard(self._listener.address[0]):
+            await self._listener.aclose()
+            raise ConfigError(
+                [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
+            )
 
     @property
     def addresses(self) -> list[KvAddress]:
@@ -283,7 +287,8 @@ class KvEndpoint:
 
     def _admit(self, session: Session, number: int, body: Open) -> Opened:
         try:
-            spec = self._book.present(body.ticket, session.id, time.monotonic())
+            # With the name, which the secret vouches for: a session's id is whatever its dialler says.
+            spec = self._book.present(body.ticket, f"{session.peer} {session.id}", time.monotonic())
             receiver = self._receivers.get(spec.transfer_id)
             if receiver is None:
                 raise TicketError("the ticket is void: its transfer has finished or was cancelled")
@@ -352,7 +357,9 @@ class KvEndpoint:
             raise PeerRefusedError(refusal)
 
     def _accept(self) -> LaneHandler:
-        return Greeter(self, full=len(self._greeting) >= MAX_GREETING_LANES).channel
+        if len(self._greeting) >= MAX_GREETING_LANES:
+            next(iter(self._greeting)).give_up("too many lanes have not said HELLO yet")
+        return Greeter(self).channel
 
     def greeted(self, greeter: Greeter, hello: Hello) -> None:
         """HELLO came on an accepted lane. Raises PeerRefusedError."""
@@ -371,10 +378,10 @@ class KvEndpoint:
         session.add_channel(channel, hello.lane)
 
     def greeting(self, greeter: Greeter) -> None:
-        self._greeting.add(greeter)
+        self._greeting[greeter] = None
 
     def greeting_over(self, greeter: Greeter) -> None:
-        self._greeting.discard(greeter)
+        self._greeting.pop(greeter, None)
 
     @property
     def open_timeout_s(self) -> float:
@@ -384,20 +391,17 @@ class KvEndpoint:
 class Greeter:
     """The owner of an accepted channel until its HELLO was found good."""
 
-    def __init__(self, endpoint: KvEndpoint, *, full: bool) -> None:
+    def __init__(self, endpoint: KvEndpoint) -> None:
         self._endpoint = endpoint
         self.channel = Channel(self, time.monotonic, "a stranger")
+        endpoint.greeting(self)
         loop = asyncio.get_running_loop()
-        if full:
-            log.warning("kv lane closed", reason="too many lanes have not said HELLO yet")
-            self._timer = loop.call_soon(self.channel.abort, "too many lanes")
-        else:
-            endpoint.greeting(self)
-            self._timer = loop.call_later(endpoint.open_timeout_s, self._too_slow)
+        self._timer = loop.call_later(endpoint.open_timeout_s, self.give_up, "no HELLO in time")
 
-    def _too_slow(self) -> None:
-        log.warning("kv lane closed", reason="no HELLO in time")
-        self.channel.abort("no HELLO in time")
+    def give_up(self, reason: str) -> None:
+        log.warning("kv lane closed", reason=reason)
+        self._over()
+        self.channel.abort(reason)
 
     def lane_event(self, channel: Channel, event: Event) -> None:
         if not isinstance(event, Control) or not isinstance(event.body, Hello):

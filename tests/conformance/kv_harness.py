@@ -387,10 +387,13 @@ class RawLane:
         return RawLane(*await asyncio.open_connection(address.host, address.port))
 
     @staticmethod
-    async def dial(address: KvAddress, *, session: str = "", lane: int = 0, lanes: int = 2) -> RawLane:
+    async def dial(
+        address: KvAddress, *, session: str = "", lane: int = 0, lanes: int = 2, node: str = "raw"
+    ) -> RawLane:
         """With a good HELLO, and the answer to it read."""
         raw = await RawLane.connect(address)
-        raw.hello = encode_control(signed(hello_body(session or secrets.token_hex(16), lane, lanes), SECRET))
+        hello = hello_body(session or secrets.token_hex(16), lane, lanes)
+        raw.hello = encode_control(signed(msgspec.structs.replace(hello, node=node), SECRET))
         raw.writer.write(raw.hello)
         await raw.until(FrameType.HELLO)
         return raw
