@@ -143,6 +143,9 @@ class TransportConfig:
     ping_s: float = setting(1.0, "time between PINGs", _between(0.05, 60))
     dead_s: float = setting(10.0, "a lane that is silent for so long is dead", _between(1, 600))
     open_timeout_s: float = setting(10.0, "how long dialling and HELLO may take", _between(0.1, 600))
+    idle_s: float = setting(
+        60.0, "a session that no router has listed and no transfer has used for so long is closed", _between(10, 86400)
+    )
     ticket_s: float = setting(120.0, "how long a ticket is good for before its OPEN", _between(1, 3600))
     max_transfers: int = setting(1024, "transfers a session may have open", _between(1, 1 << 16))
 

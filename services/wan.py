@@ -17,6 +17,7 @@ What a byte goes through, in one direction:
 - The *handshake* is delayed too: the target is dialled one delay after the accept, the client's first bytes enter the
   line two delays after it and the target's three, as if SYN and SYN-ACK had travelled.
 - FIN and RST travel behind the bytes before them. A target that can't be dialled is a RST to the client.
+- Each connection takes two descriptors. When there are none left, clients wait to be accepted.
 
 What it can't show: loss and congestion windows (TCP ends at the proxy on both sides), and a client's `connect` returns
 at once. Instants are good to about a millisecond, the resolution of the event loop's timers.
@@ -27,8 +28,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import json
 import mmap
+import os
+import resource
 import signal
 import socket
 import struct
@@ -48,6 +52,10 @@ MAX_TURN_BYTES = 1 << 18
 DUE_SLACK_S = 0.0005
 MIN_RING_BYTES = 1 << 18
 MIN_RECEIVE_BUFFER_BYTES = 1 << 18
+
+ACCEPT_AGAIN_S = 0.1
+"""Pause of a listener that could not accept for want of descriptors or memory; its clients wait in the kernel."""
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 END_OF_STREAM = 0
 RESET = -1
@@ -314,6 +322,7 @@ class Wan:
         self._b_to_a = Line(settings)
         self._dials: set[asyncio.Task[None]] = set()
         self._listeners: list[socket.socket] = []
+        self._told_exhausted = False
 
     async def listen(self, host: str, port: int, target: tuple[str, int], *, backward: bool = False) -> int:
         """Forward connections to `target`; returns the port. Raises OSError when it can't be bound."""
@@ -343,20 +352,44 @@ class Wan:
             dial.cancel()
 
     def _accept(self, listener: socket.socket, target: tuple[str, int], lines: tuple[Line, Line]) -> None:
-        with contextlib.suppress(OSError):  # gone already, or out of descriptors: the client sees it
-            client, _ = listener.accept()
-            dial = asyncio.ensure_future(self._dial(client, target, lines))
-            self._dials.add(dial)
-            dial.add_done_callback(self._dials.discard)
+        try:
+            client, reserved = _accept_with_reserve(listener)
+        except OSError as error:  # else the client is gone already
+            if error.errno in EXHAUSTED:
+                # The listener stays readable: without a pause the loop would do nothing else.
+                self._tell_exhausted(error)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener)
+                loop.call_later(ACCEPT_AGAIN_S, self._accept_again, listener, target, lines)
+            return
+        dial = asyncio.ensure_future(self._dial(client, reserved, target, lines))
+        self._dials.add(dial)
+        dial.add_done_callback(self._dials.discard)
 
-    async def _dial(self, client: socket.socket, target: tuple[str, int], lines: tuple[Line, Line]) -> None:
+    def _accept_again(self, listener: socket.socket, target: tuple[str, int], lines: tuple[Line, Line]) -> None:
+        if listener.fileno() != -1:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener, target, lines)
+
+    def _tell_exhausted(self, error: OSError) -> None:
+        if not self._told_exhausted:
+            self._told_exhausted = True
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            sys.stderr.write(
+                f"wan: {error.strerror}: connections wait until others end; each takes two of {limit} descriptors "
+                "(ulimit -n)\n"
+            )
+            sys.stderr.flush()
+
+    async def _dial(
+        self, client: socket.socket, reserved: int, target: tuple[str, int], lines: tuple[Line, Line]
+    ) -> None:
         loop = asyncio.get_running_loop()
         delay_s = self._settings.delay_s
         accepted_s = time.monotonic()
         _prepare(client)
         await asyncio.sleep(delay_s)
         try:
-            server = await _connect(target)
+            server = await _connect(target, reserved)
         except OSError:
             await asyncio.sleep(delay_s)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -371,10 +404,24 @@ class Wan:
         loop.call_later(max(0.0, 3 * delay_s - elapsed_s), back.start, to_client)
 
 
-async def _connect(target: tuple[str, int]) -> socket.socket:
+def _accept_with_reserve(listener: socket.socket) -> tuple[socket.socket, int]:
+    """A client, and a descriptor that is held for the connection to its target: a burst of clients that took all would
+    leave none to serve any of them with."""
+    reserved = os.dup(listener.fileno())
+    try:
+        return listener.accept()[0], reserved
+    except OSError:
+        os.close(reserved)
+        raise
+
+
+async def _connect(target: tuple[str, int], reserved: int) -> socket.socket:
     """The name is looked up each time: containers come and go."""
     loop = asyncio.get_running_loop()
-    family, kind, _, _, address = (await loop.getaddrinfo(*target, type=socket.SOCK_STREAM))[0]
+    try:
+        family, kind, _, _, address = (await loop.getaddrinfo(*target, type=socket.SOCK_STREAM))[0]
+    finally:
+        os.close(reserved)  # the socket takes its place
     sock = socket.socket(family, kind)
     sock.setblocking(False)
     try:

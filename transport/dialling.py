@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 
+from prfaas.common.config import TransportConfig
 from prfaas.common.errors import PeerRefusedError, ProtocolError
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
@@ -13,6 +15,7 @@ from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.connection import Control, Event
 from prfaas.transport.frames import Error, FrameHeader, Hello
 from prfaas.transport.lanes.api import Backend
+from prfaas.transport.sending import TransferSender
 from prfaas.transport.session import Session
 
 FIRST_BACKOFF_S = 0.05
@@ -24,7 +27,8 @@ drops us meets longer and longer ones."""
 log = get_logger("transport")
 
 MakeHello = Callable[[Session, int, bool], Hello]
-CheckAnswer = Callable[[Hello, Hello], None]
+CheckAnswer = Callable[[Hello, Hello, str], None]
+"""Of the answer, our HELLO, and the peer that we meant; raises PeerRefusedError."""
 
 
 class Greeting:
@@ -43,7 +47,8 @@ class Greeting:
                 self._accept(channel, event.body)
             except PeerRefusedError as error:
                 self.accepted.set_exception(error)
-                raise
+                channel.close(str(error), "hello_refused")  # the dialling task logs it, once and not at each attempt
+                return
             self.accepted.set_result(None)
         elif isinstance(event.body, Error):
             self.accepted.set_exception(RefusedByPeerError(event.body.code, event.body.detail))
@@ -70,32 +75,60 @@ class RefusedByPeerError(PeerRefusedError):
 
 
 class Dialler:
-    """One task a lane. `addresses[0]` is dialled: the endpoint of worker rank 0."""
+    """One task a lane, all to one address: what answers elsewhere is another process, which needs its own session."""
 
     def __init__(
         self,
         session: Session,
-        addresses: Sequence[KvAddress],
+        address: KvAddress,
         backend: Backend,
-        lanes: int,
-        timeout_s: float,
+        config: TransportConfig,
         hello: MakeHello,
         check: CheckAnswer,
         new_session_id: Callable[[], str],
+        on_idle: Callable[[Dialler], None],
         now: Callable[[], float],
     ) -> None:
         self.session = session
-        self.addresses = list(addresses)
+        self.address = address
+        self.senders: weakref.WeakSet[TransferSender] = weakref.WeakSet()
+        """All that were made for this session; the session itself knows only those that have sent OPEN."""
         self._backend = backend
-        self._timeout_s = timeout_s
+        self._timeout_s = config.open_timeout_s
+        self._idle_s = config.idle_s
         self._hello = hello
         self._check = check
         self._new_session_id = new_session_id
+        self._on_idle = on_idle
         self._now = now
         self._random = random.Random()  # noqa: S311 - jitter
-        self._tasks = [asyncio.create_task(self._keep(index)) for index in range(lanes)]
+        self._tasks = [asyncio.create_task(self._keep(index)) for index in range(config.lanes)]
+        self._loop = asyncio.get_running_loop()
+        self._wanted_s = now()
+        self._idle_timer = self._loop.call_later(self._idle_s, self._look_if_idle)
+
+    @property
+    def in_use(self) -> bool:
+        """By a transfer, or by a sender that was made and has not opened its transfer yet."""
+        return not self.session.idle or any(sender.number == 0 and sender.failed is None for sender in self.senders)
+
+    def wanted(self) -> None:
+        """A router lists the peer, or a ticket names it: the session is kept for `idle_s` from now."""
+        self._wanted_s = self._now()
+
+    def _look_if_idle(self) -> None:
+        """`on_idle` is called once, between one and two `idle_s` after the last use."""
+        now = self._now()
+        if self.in_use:
+            self._wanted_s = now
+        left_s = self._wanted_s + self._idle_s - now
+        if left_s > 0:
+            self._idle_timer = self._loop.call_later(left_s, self._look_if_idle)
+        else:
+            self._on_idle(self)
 
     async def aclose(self) -> None:
+        self._idle_timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -115,19 +148,15 @@ class Dialler:
                 await asyncio.shield(channel.closed)
                 if self._now() - opened_s >= STEADY_S:
                     backoff_s = FIRST_BACKOFF_S
-            except RefusedByPeerError as error:
-                problem = error
-                if error.code == "unknown_session":
-                    self.session.close("the peer has restarted")
-                elif error.code == "hello_refused":
-                    self.session.refused(error)
             except PeerRefusedError as error:
                 problem = error
-                self.session.refused(error)
+                of_hello = not isinstance(error, RefusedByPeerError) or error.code == "hello_refused"
+                if of_hello and not self.session.usable:  # beside lanes that are up it says nothing of the session
+                    self.session.refused(error)
             except Exception as error:  # also what a malformed host or port makes the resolver raise
                 problem = error
             if problem is not None and backoff_s == FIRST_BACKOFF_S:
-                address = self.addresses[0]
+                address = self.address
                 log.warning(
                     "kv lane could not be opened; trying again",
                     peer=self.session.peer,
@@ -142,7 +171,7 @@ class Dialler:
         session, session_id = self.session, self.session.id
 
         def accept(channel: Channel, answer: Hello) -> None:
-            self._check(answer, hello)
+            self._check(answer, hello, session.peer)
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)
@@ -150,13 +179,15 @@ class Dialler:
         greeting = Greeting(accept)
         channel = Channel(greeting, self._now, session.peer)
         channel.index = index
-        address = self.addresses[0]
+        address = self.address
         hello = self._hello(session, index, session.usable)
         try:
             await self._backend.dial(address.host, address.port, channel)
             channel.send(hello)
             await greeting.accepted
-        except BaseException:
+        except BaseException as error:
             channel.abort("HELLO failed")
+            if isinstance(error, RefusedByPeerError) and error.code == "unknown_session" and session.id == session_id:
+                session.close("the peer has restarted")  # unless that has been noticed, and a new session begun
             raise
         return channel

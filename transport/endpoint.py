@@ -42,7 +42,11 @@ from prfaas.transport.ticket import KEY_BYTES, TicketBook, read_claims
 from prometheus_client import CollectorRegistry
 
 MAX_GREETING_LANES = 256
-"""Lanes that have connected but not said HELLO yet; more are closed at once, so strangers can't fill our memory."""
+"""Lanes that have connected but not said HELLO yet, so that strangers can't fill our memory. One more closes the
+oldest: strangers that say nothing must not keep out a node, whose HELLO follows at once."""
+MAX_SPARE_SESSIONS = 4
+"""To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
+each time. The one told longest ago makes room."""
 CLOSE_S = 1.0
 """How long lanes may take to say why they close."""
 
@@ -87,10 +91,11 @@ class KvEndpoint:
         self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node)
         self._executor = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kv-codec")
         self._listener: Listener | None = None
-        self._dialled: dict[str, Dialler] = {}
+        self._dialled: dict[tuple[str, KvAddress], Dialler] = {}
         self._accepted: dict[tuple[str, str], Session] = {}
         self._receivers: dict[str, TransferReceiver] = {}
-        self._greeting: set[Greeter] = set()
+        self._greeting: dict[Greeter, None] = {}
+        """In order of arrival."""
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -104,14 +109,16 @@ class KvEndpoint:
                 [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
                  "(cluster.secret_file)"]
             )  # fmt: skip
-        if _is_wildcard(host) and not self._config.advertise:
-            raise ConfigError(
-                [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
-            )
         try:
             self._listener = await self._backend.listen(host, port, self._accept)
         except OSError as error:
             raise ConfigError([f"transport.bind = {self._config.bind}: {error.strerror or error}"]) from error
+        # Where it really listens: a name, or 0, may stand for a wildcard.
+        if not self._config.advertise and _is_wildcard(self._listener.address[0]):
+            await self._listener.aclose()
+            raise ConfigError(
+                [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
+            )
 
     @property
     def addresses(self) -> list[KvAddress]:
@@ -147,42 +154,58 @@ class KvEndpoint:
     # -- peers
 
     def connect(self, node: str, addresses: Sequence[KvAddress]) -> None:
-        """Open a session to `node` in the background and keep it open. Idempotent; new addresses replace old ones.
+        """Open a session to `node` at these addresses in the background, and keep it open for `transport.idle_s` from
+        now: called at each heartbeat, it is a lease. Without it a session lives as long as it has transfers, or senders
+        that will open one, and is closed when there were none for `idle_s`.
+
+        A session belongs to an address, since another address is another process: routers that tell different ones
+        make two sessions, and neither disturbs the other. So a node that has moved is dialled at once, and what an old
+        process that lives on still has under way ends in peace; each ticket goes to the process that issued it.
+
         Raises TransferCancelledError on an endpoint that is closed."""
+        self._dial(node, addresses)
+
+    def _dial(self, node: str, addresses: Sequence[KvAddress]) -> Dialler:
         if self._closed:
             raise TransferCancelledError("the node is shutting down")
         if not addresses:
             raise ConfigError([f"node {node!r} advertises no KV address"])
-        dialler = self._dialled.get(node)
-        if dialler is not None:
-            if dialler.addresses != list(addresses):
-                dialler.addresses = list(addresses)
-                dialler.session.refusal = None
-                dialler.session.close("the peer's address has changed")
-            return
-        session = self._new_session(secrets.token_hex(16), node, self._dialled_empty)
-        self._dialled[node] = Dialler(
-            session,
-            addresses,
-            self._backend,
-            self._config.lanes,
-            self._config.open_timeout_s,
-            self._make_hello,
-            self._check_answer,
-            lambda: secrets.token_hex(16),
-            time.monotonic,
-        )
+        address = min(addresses, key=lambda a: a.rank)  # in whatever order they were told
+        dialler = self._dialled.pop((node, address), None)
+        if dialler is None:
+            self._make_room(node)
+            dialler = Dialler(
+                self._new_session(secrets.token_hex(16), node, self._dialled_empty),
+                address,
+                self._backend,
+                self._config,
+                self._make_hello,
+                self._check_answer,
+                lambda: secrets.token_hex(16),
+                self._hang_up,
+                time.monotonic,
+            )
+        dialler.wanted()
+        self._dialled[node, address] = dialler  # last: the newest
+        return dialler
 
-    def forget(self, node: str) -> None:
-        """Close the session that we dialled to `node`, if it has no transfers. `connect` opens it again."""
-        dialler = self._dialled.get(node)
-        if dialler is not None and dialler.session.idle:
-            del self._dialled[node]
+    def _make_room(self, node: str) -> None:
+        spare = [d for (peer, _), d in self._dialled.items() if peer == node and not d.in_use]
+        if len(spare) >= MAX_SPARE_SESSIONS:
+            self._hang_up(spare[0])
+
+    def _hang_up(self, dialler: Dialler) -> None:
+        """Close a session that nobody needs; the other side sees its lanes close."""
+        key = (dialler.session.peer, dialler.address)
+        if self._dialled.get(key) is dialler:  # not while the endpoint closes all of them
+            del self._dialled[key]
+            log.info("kv session closed", peer=dialler.session.peer, reason="no longer needed")
             self._run(self._close_dialler(dialler))
 
     def clock(self, node: str) -> LinkClock | None:
         """Of the session to `node`, or None: no session, or no PONG yet."""
-        session = self._session_to(node)
+        dialler = self._dialled_to(node)
+        session = dialler.session if dialler is not None else self._accepted_from(node)
         return session.link_clock() if session else None
 
     # -- transfers
@@ -205,18 +228,29 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
-        if addresses and (node in self._dialled or self._session_to(node) is None):
-            self.connect(node, addresses)
-        session = self._session_to(node)
+        accepted = self._accepted_from(node)
+        dialler = self._dialled_to(node)
+        if addresses and (dialler is not None or accepted is None):
+            # Told by the process that issued the ticket: an older session of the name may lead to its predecessor.
+            dialler = self._dial(node, addresses)
+        session = dialler.session if dialler is not None else accepted
         if session is None:
             raise TicketError(f"no session to {node} and no address to dial")
-        return TransferSender(spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s)
+        sender = TransferSender(
+            spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s
+        )
+        if dialler is not None:
+            dialler.senders.add(sender)
+        return sender
 
     # -- inside
 
-    def _session_to(self, node: str) -> Session | None:
-        if node in self._dialled:
-            return self._dialled[node].session
+    def _dialled_to(self, node: str) -> Dialler | None:
+        """The one told last among those that are up, or among all when none is."""
+        diallers = [dialler for (peer, _), dialler in reversed(self._dialled.items()) if peer == node]
+        return next((d for d in diallers if d.session.usable), diallers[0] if diallers else None)
+
+    def _accepted_from(self, node: str) -> Session | None:
         # The newest: the lanes of an older one may be dead without our having noticed.
         return next((session for (peer, _), session in reversed(self._accepted.items()) if peer == node), None)
 
@@ -253,7 +287,8 @@ class KvEndpoint:
 
     def _admit(self, session: Session, number: int, body: Open) -> Opened:
         try:
-            spec = self._book.present(body.ticket, session.id, time.monotonic())
+            # With the name, which the secret vouches for: a session's id is whatever its dialler says.
+            spec = self._book.present(body.ticket, f"{session.peer} {session.id}", time.monotonic())
             receiver = self._receivers.get(spec.transfer_id)
             if receiver is None:
                 raise TicketError("the ticket is void: its transfer has finished or was cancelled")
@@ -301,10 +336,10 @@ class KvEndpoint:
             answer=answer,
         )
 
-    def _check_answer(self, answer: Hello, ours: Hello) -> None:
-        self._check(answer, expect_answer_to=ours.nonce)
+    def _check_answer(self, answer: Hello, ours: Hello, peer: str) -> None:
+        self._check(answer, expect_answer_to=ours.nonce, expect_node=peer)
 
-    def _check(self, hello: Hello, expect_answer_to: str | None = None) -> None:
+    def _check(self, hello: Hello, expect_answer_to: str | None = None, expect_node: str | None = None) -> None:
         check_hello(
             hello,
             secret=self._secret,
@@ -313,6 +348,7 @@ class KvEndpoint:
             skew_s=self._skew_s,
             nonces=self._nonces,
             expect_answer_to=expect_answer_to,
+            expect_node=expect_node,
         )
         if self._config.codec not in hello.codecs:
             raise PeerRefusedError(f"{hello.node} does not have codec {self._config.codec!r}")
@@ -321,7 +357,9 @@ class KvEndpoint:
             raise PeerRefusedError(refusal)
 
     def _accept(self) -> LaneHandler:
-        return Greeter(self, full=len(self._greeting) >= MAX_GREETING_LANES).channel
+        if len(self._greeting) >= MAX_GREETING_LANES:
+            next(iter(self._greeting)).give_up("too many lanes have not said HELLO yet")
+        return Greeter(self).channel
 
     def greeted(self, greeter: Greeter, hello: Hello) -> None:
         """HELLO came on an accepted lane. Raises PeerRefusedError."""
@@ -340,10 +378,10 @@ class KvEndpoint:
         session.add_channel(channel, hello.lane)
 
     def greeting(self, greeter: Greeter) -> None:
-        self._greeting.add(greeter)
+        self._greeting[greeter] = None
 
     def greeting_over(self, greeter: Greeter) -> None:
-        self._greeting.discard(greeter)
+        self._greeting.pop(greeter, None)
 
     @property
     def open_timeout_s(self) -> float:
@@ -353,20 +391,17 @@ class KvEndpoint:
 class Greeter:
     """The owner of an accepted channel until its HELLO was found good."""
 
-    def __init__(self, endpoint: KvEndpoint, *, full: bool) -> None:
+    def __init__(self, endpoint: KvEndpoint) -> None:
         self._endpoint = endpoint
         self.channel = Channel(self, time.monotonic, "a stranger")
+        endpoint.greeting(self)
         loop = asyncio.get_running_loop()
-        if full:
-            log.warning("kv lane closed", reason="too many lanes have not said HELLO yet")
-            self._timer = loop.call_soon(self.channel.abort, "too many lanes")
-        else:
-            endpoint.greeting(self)
-            self._timer = loop.call_later(endpoint.open_timeout_s, self._too_slow)
+        self._timer = loop.call_later(endpoint.open_timeout_s, self.give_up, "no HELLO in time")
 
-    def _too_slow(self) -> None:
-        log.warning("kv lane closed", reason="no HELLO in time")
-        self.channel.abort("no HELLO in time")
+    def give_up(self, reason: str) -> None:
+        log.warning("kv lane closed", reason=reason)
+        self._over()
+        self.channel.abort(reason)
 
     def lane_event(self, channel: Channel, event: Event) -> None:
         if not isinstance(event, Control) or not isinstance(event.body, Hello):

@@ -41,9 +41,10 @@ def check_hello(
     skew_s: float,
     nonces: NonceWindow,
     expect_answer_to: str | None = None,
+    expect_node: str | None = None,
 ) -> None:
     """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock. `expect_answer_to`: our nonce,
-    when this is the answer."""
+    when this is the answer; `expect_node`: whom we meant to reach."""
     if hello.answer != (expect_answer_to is not None):
         raise PeerRefusedError("HELLO and its answer are mixed up")
     _check_mac(hello, secret, now_s, skew_s, nonces, expect_answer_to)
@@ -51,6 +52,11 @@ def check_hello(
         raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
         raise PeerRefusedError("HELLO names no session or no node")
+    if expect_node is not None and hello.node != expect_node:
+        raise PeerRefusedError(
+            f"{hello.node} answers where {expect_node} was dialled; has {expect_node} moved, or does it advertise "
+            "another node's address? (transport.advertise)"
+        )
     if not 0 <= hello.lane < hello.lanes <= MAX_LANES:
         raise PeerRefusedError(f"lane {hello.lane} of {hello.lanes}; a session has 1 to {MAX_LANES} lanes")
     if hello.model_fingerprint != model_fingerprint:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from prfaas.common.config import FLAG_ALIASES, Config, parse_address
+from prfaas.common.config import FLAG_ALIASES, Config, is_loopback, parse_address
 from prfaas.common.errors import ConfigError, PrfaasError
 from prfaas.services.commands.flags import add_config_flags, load_config, new_parser
 from prfaas.services.model_store import PACKAGED, find_model
@@ -142,8 +142,8 @@ def _check_secret(config: Config) -> Iterator[Finding]:
     if cluster.secret and cluster.secret_file:
         yield Finding("secret", "fail", "cluster.secret and cluster.secret_file are both set", "keep one")
     binds = (config.router.bind, config.node.bind, config.transport.bind)
-    hosts = {parse_address(bind)[0] for bind in binds}
-    if hosts - {"127.0.0.1", "localhost", "::1"} and not (cluster.secret or cluster.secret_file):
+    open_to_others = not all(is_loopback(parse_address(bind)[0]) for bind in binds)
+    if open_to_others and not (cluster.secret or cluster.secret_file):
         mend = "make one: openssl rand -hex 32 > secret; set cluster.secret_file"
         yield Finding("secret", "fail", "an address outside loopback is bound without a cluster secret", mend)
     if cluster.secret_file:

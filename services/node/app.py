@@ -20,7 +20,7 @@ from prfaas.services.decode.handler import DecodeService
 from prfaas.services.engine.api import Engine
 from prfaas.services.engine.tokenizer import BYTES, load_tokenizer
 from prfaas.services.leases import Leases
-from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LoadMessage, Peer
+from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LoadMessage
 from prfaas.services.node.heartbeat import RouterLink
 from prfaas.services.prefill.handler import PrefillService
 from prfaas.transport.api import KvAddress, LinkClock
@@ -53,7 +53,6 @@ class Node:
         self._links: list[RouterLink] = []
         self._beating: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
-        self._peers: dict[str, list[Peer]] = {}
         self._started = False
 
     def why_not_ready(self) -> str | None:
@@ -121,7 +120,7 @@ class Node:
                 config.heartbeat_s,
                 config.router_dead_s,
                 self._heartbeat,
-                lambda answer, url=router_url: self._answered(url, answer),  # type: ignore[misc]
+                self._answered,
                 self._router_died,
             )
             self._links.append(link)
@@ -179,20 +178,13 @@ class Node:
             model_path=self.config.engine.model,
         )
 
-    def _answered(self, url: str, answer: HeartbeatAnswer) -> None:
-        """Sessions are opened before they are needed. Prefill dials."""
-        before = self._peer_names()
-        self._peers[url] = answer.peers
+    def _answered(self, answer: HeartbeatAnswer) -> None:
+        """Sessions are opened before they are needed, and kept as long as a router lists the peer. Prefill dials."""
         if self.role != "prefill":
             return
         for peer in answer.peers:
             if peer.node != self.name and peer.kv_addresses:
                 self.endpoint.connect(peer.node, [KvAddress(a.host, a.port, a.rank) for a in peer.kv_addresses])
-        for gone in before - self._peer_names():
-            self.endpoint.forget(gone)
-
-    def _peer_names(self) -> set[str]:
-        return {peer.node for peers in self._peers.values() for peer in peers}
 
     def _router_died(self, router: str) -> None:
         self._free(router, "router_dead")

@@ -74,12 +74,16 @@ class RouterLink:
                     await asyncio.wait_for(self._now.wait(), self._heartbeat_s)
                 self._now.clear()
         finally:
-            if self._death is not None:
-                self._death.cancel()
+            self._stop_clock()
 
     async def leave(self) -> None:
         """The last heartbeat; the router learns at once that this node is gone, if it can be reached."""
         await self._beat(timeout_s=LEAVING_TIMEOUT_S)
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._death is not None:
+            self._death.cancel()
 
     async def _beat(self, timeout_s: float) -> None:
         try:
@@ -119,8 +123,7 @@ class RouterLink:
             _log.info("registered at router", router=answer.router, url=str(self.url))
         self._trouble = ""
         self.router = answer.router
-        if self._death is not None:
-            self._death.cancel()
+        self._stop_clock()
         self._death = asyncio.get_running_loop().call_later(self._dead_s, self._on_dead, answer.router)
         self._on_answer(answer)
 

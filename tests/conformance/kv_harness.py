@@ -256,6 +256,7 @@ class FaultyBackend:
         self.garble: Callable[[FrameHeader], bool] = lambda _header: False
         self.on_chunk: Callable[[FrameHeader], None] = lambda _header: None
         self.on_connected: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[], None] = lambda: None
         self.lanes: list[FaultyHandler] = []
 
     async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
@@ -269,6 +270,16 @@ class FaultyBackend:
         self.lanes.append(wrapped)
         return wrapped
 
+    async def until_lost(self, lanes: int, *, after: int = 0) -> None:
+        """Of the lanes that were made as number `after` and later, that many have been open and none is any more; each
+        counts twice, once an end."""
+        changed = asyncio.Event()
+        self.on_lost = changed.set
+        async with asyncio.timeout(SOON_S):
+            while len(self.lanes) < after + lanes or any(h.open or h.lane is None for h in self.lanes[after:]):
+                changed.clear()
+                await changed.wait()
+
 
 class FaultyHandler:
     """Follows the frames as they arrive, by the buffers that the real handler hands out."""
@@ -281,10 +292,12 @@ class FaultyHandler:
         self._damage = False
         self._buffer = memoryview(b"")
         self.lane = None
+        self.open = False
         self.received_chunks = 0
 
     def connected(self, lane) -> None:  # type: ignore[no-untyped-def]
         self.lane = lane
+        self.open = True
         self._inner.connected(lane)
         self._faults.on_connected()
 
@@ -318,6 +331,8 @@ class FaultyHandler:
 
     def lost(self, error: Exception | None) -> None:
         self._inner.lost(error)
+        self.open = False
+        self._faults.on_lost()
 
 
 # -- a peer that is driven frame by frame -----------------------------------------------------------------------------
@@ -372,10 +387,13 @@ class RawLane:
         return RawLane(*await asyncio.open_connection(address.host, address.port))
 
     @staticmethod
-    async def dial(address: KvAddress, *, session: str = "", lane: int = 0, lanes: int = 2) -> RawLane:
+    async def dial(
+        address: KvAddress, *, session: str = "", lane: int = 0, lanes: int = 2, node: str = "raw"
+    ) -> RawLane:
         """With a good HELLO, and the answer to it read."""
         raw = await RawLane.connect(address)
-        raw.hello = encode_control(signed(hello_body(session or secrets.token_hex(16), lane, lanes), SECRET))
+        hello = hello_body(session or secrets.token_hex(16), lane, lanes)
+        raw.hello = encode_control(signed(msgspec.structs.replace(hello, node=node), SECRET))
         raw.writer.write(raw.hello)
         await raw.until(FrameType.HELLO)
         return raw

@@ -108,20 +108,20 @@ async def test_half_a_header_and_silence_holds_nothing() -> None:
         assert closed_with(logs, "no HELLO in time"), logs
 
 
-async def test_strangers_that_say_nothing_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the bound they are closed at once, and don't keep a socket of ours."""
+async def test_strangers_that_say_nothing_are_few_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound each new one costs the oldest its socket; a node that says HELLO gets in beside them."""
     monkeypatch.setattr(endpoint, "MAX_GREETING_LANES", 2)
-    async with pair(TcpBackend, dense(), open_timeout_s=60.0) as p:
+    async with pair(TcpBackend, dense(), open_timeout_s=60.0, lanes=1) as p:
         await p.send()
-        silent = [await RawLane.connect(p.far.addresses[0]) for _ in range(2)]
         with structlog.testing.capture_logs() as logs:
-            for _ in range(3):
-                third = await RawLane.connect(p.far.addresses[0])
-                await third.until_closed()
-                await third.aclose()
+            silent = [await RawLane.connect(p.far.addresses[0]) for _ in range(5)]
+            for raw in silent[:3]:
+                await raw.until_closed()
+            late = await RawLane.dial(p.far.addresses[0])
+            await silent[3].until_closed()
         assert closed_with(logs, "too many lanes"), logs
         await p.send(seed=1)
-        for raw in silent:
+        for raw in (*silent, late):
             await raw.aclose()
 
 
@@ -279,6 +279,28 @@ async def test_one_number_is_one_transfer() -> None:
         await other.receiver.aclose()
 
 
+async def test_a_sessions_id_does_not_make_a_ticket_anothers() -> None:
+    """Another node of the cluster names its session as the one that presented the ticket first (the id is readable on
+    the wire): it is refused, and the memory that comes later is the first one's."""
+    async with pair(TcpBackend, dense(1)) as p:
+        session = secrets.token_hex(16)
+        first = await RawLane.dial(p.far.addresses[0], session=session)
+        thief = await RawLane.dial(p.far.addresses[0], session=session, node="thief")
+        transfer = p.offer(spec_of(p.layout, (0, 100)), room=False)
+        first.writer.write(encode_control(open_body(transfer), 1))
+        assert (await first.until(FrameType.OPENED)).no_room
+        transfer.room = True
+        thief.writer.write(encode_control(open_body(transfer, attempt=2), 1))
+        assert "another session" in (await thief.until(FrameType.OPENED)).refused
+        first.writer.write(encode_control(open_body(transfer, attempt=2), 1))
+        assert (await first.until(FrameType.OPENED)).credit_bytes
+        await first.send_all(transfer)
+        assert transfer.destination.rows == transfer.source
+        await transfer.receiver.aclose()
+        for lane in (first, thief):
+            await lane.aclose()
+
+
 async def test_an_open_that_does_not_fit_tells_the_decode_side() -> None:
     """Another dtype: refused, and the receiver fails at once instead of waiting for a sender that can't come."""
     async with pair(TcpBackend, dense(1)) as p:
@@ -415,7 +437,6 @@ async def half_sent(p: Pair) -> AsyncIterator[tuple[StoppingReceiver, KvSender]]
     finally:
         peer.read_on.set()
         await sender.aclose()
-        p.near.forget("raw")
         server.close()
 
 
@@ -471,10 +492,13 @@ async def test_other_names_of_this_machine(bind: str) -> None:
     """IPv6, and a name instead of an address."""
     async with pair(TcpBackend, dense(), bind=bind) as p:
         await p.send()
-        p.near.forget("far")
+        transfer = p.offer(spec_of(p.layout))
         if bind.startswith("localhost"):
-            p.near.connect("far", [KvAddress("localhost", p.far.addresses[0].port)])
-        await p.send(seed=1)
+            by_name = [KvAddress("localhost", p.far.addresses[0].port)]
+            transfer.sender = p.near.sender(transfer.ticket, "far", by_name)
+        await transfer.sender.open()
+        transfer.put_all()
+        await transfer.complete()
 
 
 @pytest.mark.parametrize("address", [KvAddress("127.0.0.1", 99999), KvAddress("x" * 70 + ".invalid", 9)])
@@ -518,6 +542,5 @@ async def test_a_wrong_model_is_refused_by_the_dialler_too() -> None:
                 await sender.open()
         await sender.aclose()
         await transfer.receiver.aclose()
-        p.near.forget("impostor")
         server.close()
         await p.send()

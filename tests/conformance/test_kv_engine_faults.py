@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import pytest
 import structlog
 from prfaas.common.errors import ConfigError, EngineError, PeerRefusedError, TransferCancelledError, TransferError
 from prfaas.transport.api import KvAddress, TransferSpec
+from prfaas.transport.lanes.tcp import TcpBackend
 
 from tests.conformance.kv_harness import (
     SOON_S,
@@ -242,11 +243,9 @@ async def test_nothing_is_dialled_after_the_end(backend: MakeBackend) -> None:
         await transfer.receiver.aclose()
 
 
-@pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0"])
-async def test_a_wildcard_needs_an_address_to_advertise(backend: MakeBackend, bind: str) -> None:
-    """Nobody can dial 0.0.0.0: whoever tries reaches himself."""
-    async with pair(backend) as p:
-        endpoint = p.endpoint("wild", bind=bind)
+@pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0", "0:0"])
+async def test_a_wildcard_needs_an_address_to_advertise(bind: str) -> None:
+    """Nobody can dial 0.0.0.0, however it is spelled: whoever tries reaches himself."""
+    async with pair(TcpBackend) as p, aclosing(p.endpoint("wild", bind=bind)) as endpoint:
         with pytest.raises(ConfigError, match=r"transport\.advertise"):
             await endpoint.start()
-        await endpoint.aclose()

@@ -24,7 +24,6 @@ from tests.conformance.kv_harness import (
     FaultyBackend,
     MakeBackend,
     dense,
-    hybrid,
     pair,
     spec_of,
 )
@@ -368,14 +367,4 @@ async def test_a_stranger_is_refused(backend: MakeBackend, secret: bytes | None,
         await sender.aclose()
         await receiver.aclose()
         await stranger.aclose()
-        await p.send()
-
-
-async def test_sessions_without_transfers_can_be_forgotten(backend: MakeBackend) -> None:
-    """`forget` closes the lanes; the next use dials again."""
-    async with pair(backend, hybrid()) as p:
-        await p.send()
-        assert p.near.clock("far") is not None
-        p.near.forget("far")
-        assert p.near.clock("far") is None
         await p.send()

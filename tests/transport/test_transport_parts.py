@@ -151,7 +151,12 @@ HELLO = Hello((1,), "near", "0" * 32, 0, 4, "f", 1000.0, "nonce")
 
 
 def check(
-    hello: Hello, *, now_s: float = 1000.0, nonces: NonceWindow | None = None, answer_to: str | None = None
+    hello: Hello,
+    *,
+    now_s: float = 1000.0,
+    nonces: NonceWindow | None = None,
+    answer_to: str | None = None,
+    node: str | None = None,
 ) -> None:
     check_hello(
         hello,
@@ -161,6 +166,7 @@ def check(
         skew_s=60,
         nonces=nonces or NonceWindow(120),
         expect_answer_to=answer_to,
+        expect_node=node,
     )
 
 
@@ -178,6 +184,14 @@ def test_an_answer_is_bound_to_our_nonce() -> None:
     check(signed(answer, b"s", "mine"), answer_to="mine")
     with pytest.raises(PeerRefusedError, match="secret"):
         check(signed(answer, b"s", "other"), answer_to="mine")
+
+
+def test_an_answer_names_the_node_that_was_meant() -> None:
+    """Signed rightly, but by another node of the cluster."""
+    answer = signed(msgspec.structs.replace(HELLO, answer=True), b"s", "mine")
+    with pytest.raises(PeerRefusedError, match="near answers where far was dialled"):
+        check(answer, answer_to="mine", node="far")
+    check(answer, answer_to="mine", node="near")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,13 @@ def test_an_open_address_needs_a_secret(capsys: pytest.CaptureFixture[str], tmp_
     assert _run(capsys, *QUIET, "--secret-file", str(secret))[0] == 1
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "[::1]"])
+def test_loopback_needs_no_secret(capsys: pytest.CaptureFixture[str], host: str) -> None:
+    """All of 127.0.0.0/8, as the services themselves see it."""
+    binds = ["--bind", f"{host}:0", "--kv-bind", f"{host}:0"]
+    assert not any(check["name"] == "secret" for check in _run(capsys, *QUIET, *binds)[1])
+
+
 def test_an_arena_beyond_the_memory_fails() -> None:
     assert doctor.check_memory(1 << 20).status == "ok"
     assert doctor.check_memory(1 << 50).status == "fail"

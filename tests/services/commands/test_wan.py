@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import random
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -93,7 +95,7 @@ def test_a_connection_has_room_for_all_that_is_in_flight() -> None:
 class WanProcess:
     """A running WAN, and a listener behind each of its two directions."""
 
-    def __init__(self, rate_mbit: float) -> None:
+    def __init__(self, rate_mbit: float, *, most_files: int = 1024) -> None:
         self.home, self.remote = _listener(), _listener()
         command = [sys.executable, "-m", "prfaas.services.wan", "--rate-mbit", str(rate_mbit)]
         command += ["--delay-ms", str(DELAY_MS)]
@@ -103,7 +105,9 @@ class WanProcess:
             unused.bind(("127.0.0.1", 0))
             nobody = unused.getsockname()[1]
         command += ["--forward", f"127.0.0.1:0=127.0.0.1:{nobody}"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # The shell's builtin: a function between fork and exec is not safe in a process with threads.
+        command = ["sh", "-c", f'ulimit -n {most_files}; exec "$@"', "sh", *command]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         word, _, ports = self.process.stdout.readline().partition(" ")
         assert word == "READY"
@@ -117,10 +121,25 @@ class WanProcess:
         server.settimeout(TIMEOUT_S)
         return client, server
 
+    def cpu_s(self) -> float:
+        """User and system time of the process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> str:
+        """What was still to be read on stderr."""
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=TIMEOUT_S)
+        assert self.process.returncode == 0
+        self.home.close()
+        self.remote.close()
+        return errors
+
 
 def _listener() -> socket.socket:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.settimeout(TIMEOUT_S)
     listener.listen()
     return listener
 
@@ -129,11 +148,7 @@ def _listener() -> socket.socket:
 def wan() -> Iterator[WanProcess]:
     running = WanProcess(rate_mbit=800)
     yield running
-    running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(TIMEOUT_S) == 0
-    running.process.stdout.close()  # type: ignore[union-attr]
-    running.home.close()
-    running.remote.close()
+    running.stop()
 
 
 async def _pump(sock: socket.socket, data: bytes) -> bytes:
@@ -234,6 +249,31 @@ def test_a_target_that_is_not_there_is_a_reset(wan: WanProcess) -> None:
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     client.close()
+
+
+def test_without_descriptors_clients_wait_for_some() -> None:
+    """More clients than the process has descriptors for: one line with the mend, no busy loop, and every client is
+    served in the end, when others have gone."""
+    wan = WanProcess(rate_mbit=800, most_files=40)
+    clients = [socket.create_connection(("127.0.0.1", wan.to_home), timeout=TIMEOUT_S) for _ in range(60)]
+    assert wan.process.stderr is not None
+    assert "(ulimit -n)" in wan.process.stderr.readline()
+    before_s = wan.cpu_s()
+    time.sleep(0.5)
+    assert wan.cpu_s() - before_s < 0.2  # a busy loop takes all that it gets
+    for number, client in enumerate(clients):
+        client.sendall(bytes([number]))
+        client.shutdown(socket.SHUT_WR)
+    seen = set()
+    for _ in clients:
+        server, _ = wan.home.accept()
+        with server:
+            server.settimeout(TIMEOUT_S)
+            seen.add(server.recv(1)[0])
+    assert seen == set(range(60))
+    for client in clients:
+        client.close()
+    assert wan.stop() == ""
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ class FakeRouter:
     name: str = "router"
     seen: list[Heartbeat] = field(default_factory=list)
     answering: bool = True
+    unlisted: set[str] = field(default_factory=set)
+    """Nodes that answers don't name, as if their lease here had run out."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def heartbeat(self, request: web.Request) -> web.Response:
@@ -127,7 +129,11 @@ class FakeRouter:
         self.seen.append(beat)
         self.news.set()
         latest = {b.node: b for b in self.seen}
-        peers = [Peer(b.node, b.region, b.role, b.kv_addresses) for b in latest.values() if b.role != beat.role]
+        peers = [
+            Peer(b.node, b.region, b.role, b.kv_addresses)
+            for b in latest.values()
+            if b.role != beat.role and b.node not in self.unlisted
+        ]
         answer = HeartbeatAnswer(self.name, received_s, time.monotonic(), peers)
         return web.Response(body=to_json(answer))
 
@@ -170,7 +176,15 @@ class Cluster:
         self.router = router
         self.signer = Signer.of(SECRET.encode(), ClusterConfig())
 
-    def config(self, role: str, name: str = "", *, node: dict[str, Any] | None = None, **engine: Any) -> Config:
+    def config(
+        self,
+        role: str,
+        name: str = "",
+        *,
+        node: dict[str, Any] | None = None,
+        transport: dict[str, Any] | None = None,
+        **engine: Any,
+    ) -> Config:
         settings = {"kind": "emulated", "arena_bytes": 16 * MIB, "layers": 4, "time_scale": 0.05} | engine
         return Config(
             cluster=ClusterConfig(secret=SECRET),
@@ -179,7 +193,7 @@ class Cluster:
                 region=f"{role}-region",
                 **({"routers": (self.router.url,), "heartbeat_s": 0.1, "ping_s": 0.1} | (node or {})),
             ),
-            transport=TransportConfig(lanes=2),
+            transport=TransportConfig(**{"lanes": 2} | (transport or {})),
             engine=EngineConfig(**settings),
         )
 

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
+from prfaas.services.engine.emulated.engine import EmulatedEngine
+from prfaas.services.node.app import running_node
 
 LONG = bytes(65 + i % 26 for i in range(1500))
 SLOW = {"time_scale": 1.0, "decode_step_s": 0.02}
@@ -121,6 +123,18 @@ async def test_a_restarted_router_hears_of_the_node_again(cluster: Any, router: 
         assert (beat.node, beat.epoch, beat.url) == (node.name, node.epoch, node.url)
 
 
+async def test_a_router_is_not_dead_because_the_node_left(cluster: Any, router: Any) -> None:
+    """The last heartbeat is answered as well, and nobody waits for the next one."""
+    config = cluster.config("decode", node={"router_dead_s": 1.0})
+    async with running_node(config, "decode", EmulatedEngine(config.engine)) as node:
+        await router.saw(lambda b: True)
+    assert router.seen[-1].leaving
+    later = asyncio.Event()
+    asyncio.get_running_loop().call_later(1.1, later.set)  # after the timer would have fired
+    await later.wait()
+    assert "prfaas_node_leases_freed_total{" not in node.metrics.render().decode()
+
+
 async def test_heartbeats_tell_load_role_and_clocks(cluster: Any, router: Any, make_call: Any) -> None:
     """The role is the command's; the load is the engine's; both clocks are one machine's, so their offset is about 0
     and within the bound that is told."""
@@ -136,6 +150,25 @@ async def test_heartbeats_tell_load_role_and_clocks(cluster: Any, router: Any, m
     assert node.router_clock("router") is not None
     assert node.router_clock("nobody") is None
     stream.response.close()
+
+
+async def test_sessions_live_as_long_as_a_router_lists_the_peer(cluster: Any, router: Any, until: Any) -> None:
+    """Lanes are open before any request and stay open without one, beyond `transport.idle_s`; when no answer names the
+    peer any more they close by themselves on both sides, and come back when one does."""
+    decode = await cluster.node("decode")
+    prefill = await cluster.node("prefill", transport={"idle_s": 1.0})
+
+    def lanes(number: float) -> bool:
+        return all(f"prfaas_transport_lanes {number}" in node.metrics.render().decode() for node in (prefill, decode))
+
+    await until(lambda: lanes(2.0))
+    heard = len(router.seen)
+    await until(lambda: len(router.seen) >= heard + 2 * 15)  # of two nodes, every 0.1 s
+    assert "prfaas_transport_lane_losses_total{" not in prefill.metrics.render().decode()
+    router.unlisted.add("decode")
+    await until(lambda: lanes(0.0))
+    router.unlisted.clear()
+    await until(lambda: lanes(2.0))
 
 
 async def test_a_draining_node_takes_nothing_new(cluster: Any, router: Any, make_call: Any) -> None:

@@ -1,0 +1,233 @@
+"""When sessions are opened, kept and closed: peers that move, routers that disagree, sessions that nobody needs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import structlog
+from prfaas.common.errors import PeerRefusedError, TransferCancelledError
+from prfaas.transport.api import KvAddress
+from prfaas.transport.frames import Error, FrameType, Hello, Ping, encode_control
+from prfaas.transport.handshake import signed
+from prfaas.transport.lanes.tcp import TcpBackend
+from prfaas.transport.ticket import TicketBook
+
+from tests.conformance.kv_harness import (
+    SECRET,
+    SOON_S,
+    FaultyBackend,
+    MakeBackend,
+    RawLane,
+    dense,
+    hello_body,
+    pair,
+    spec_of,
+)
+
+# -- where a node is --------------------------------------------------------------------------------------------------
+
+
+async def test_routers_that_disagree_end_no_session(faulty: MakeBackend, faults: list[FaultyBackend]) -> None:
+    """Heartbeat answers tell a node's addresses in another order, or an address where nobody is: the open transfer goes
+    on, and the next one finds the same lanes."""
+    async with pair(faulty, dense()) as p:
+        await p.send()
+        lanes = list(faults[0].lanes)
+        [here] = p.far.addresses
+        second_rank, stale = KvAddress(here.host, 9, rank=1), KvAddress("127.0.0.1", 9)
+        transfer = p.offer(spec_of(p.layout))
+        await transfer.sender.open()
+        for addresses in ([second_rank, here], [stale], [here, second_rank], [stale], [here]):
+            p.near.connect("far", addresses)
+        transfer.put_all()
+        await transfer.complete()
+        await p.send(seed=1)
+        assert len(lanes) == 2 * p.config.lanes
+        assert not any(handler.lane for handler in faults[0].lanes[len(lanes) :])
+
+
+async def test_a_node_that_moved_is_reached_where_it_is_now(backend: MakeBackend) -> None:
+    """The process is dead and a new one listens elsewhere under the same name."""
+    async with pair(backend, dense()) as p:
+        await p.send()
+        await p.far.aclose()
+        p.far = p.endpoint("far")
+        await p.far.start()
+        p.near.connect("far", p.far.addresses)
+        await p.send(seed=1)
+
+
+async def test_a_ticket_goes_to_the_process_that_issued_it(backend: MakeBackend) -> None:
+    """The node was started elsewhere while its old process lives on: what is under way to the old one is completed,
+    what the new one has asked for goes to the new one; also when the heartbeats still tell the old address."""
+    async with pair(backend, dense()) as p:
+        before = p.offer(spec_of(p.layout))
+        await before.sender.open()
+        old, p.far = p.far, p.endpoint("far")
+        await p.far.start()
+        try:
+            p.near.connect("far", old.addresses)
+            await p.send(seed=1)
+            before.put_all()
+            await before.complete()
+        finally:
+            await old.aclose()
+
+
+async def test_who_answers_must_be_the_node_that_was_dialled(backend: MakeBackend) -> None:
+    """Another node of the cluster listens where a router said this one would: a clear error that names both, at once,
+    and no byte of KV for the wrong one."""
+    async with pair(backend, dense()) as p, contextlib.aclosing(p.endpoint("third")) as third:
+        await third.start()
+        transfer = p.offer(spec_of(p.layout))
+        await transfer.sender.aclose()
+        transfer.sender = p.near.sender(transfer.ticket, "far", third.addresses)
+        with pytest.raises(PeerRefusedError, match="third answers where far was dialled"):
+            await transfer.sender.open()
+        await transfer.receiver.aclose()
+        await p.send()
+
+
+# -- sessions that nobody needs ---------------------------------------------------------------------------------------
+
+
+async def test_an_idle_session_closes_on_both_sides(faulty: MakeBackend, faults: list[FaultyBackend]) -> None:
+    """By itself, when nobody has asked for it for `idle_s`; whoever needs it later opens it again."""
+    async with pair(faulty, dense(), idle_s=0.1) as p:
+        await p.send()
+        await faults[0].until_lost(2 * p.config.lanes)
+        assert p.near.clock("far") is None
+        assert p.far.clock("near") is None
+        await p.send(seed=1)
+
+
+async def test_a_session_is_not_closed_under_a_transfer(faulty: MakeBackend, faults: list[FaultyBackend]) -> None:
+    """Nor under a sender that waits for its turn before it opens: the idle time begins when they have ended. A sender
+    that was closed, or dropped, without having opened holds nothing."""
+    async with pair(faulty, dense(), idle_s=0.1) as p, contextlib.aclosing(p.endpoint("other")) as other:
+        await other.start()
+        await p.send()
+        lanes = len(faults[0].lanes)
+        for opened in (False, True):
+            transfer = p.offer(spec_of(p.layout))
+            if opened:
+                await transfer.sender.open()
+            before = len(faults[0].lanes)
+            p.near.connect("other", other.addresses)  # asked for later, and closed when that was too long ago
+            await faults[0].until_lost(lanes, after=before)
+            assert all(handler.open for handler in faults[0].lanes[:lanes])
+            if not opened:
+                await transfer.sender.open()
+            transfer.put_all()
+            await transfer.complete()
+        closed, dropped = p.offer(spec_of(p.layout)), p.offer(spec_of(p.layout))
+        await closed.sender.aclose()
+        dropped.sender = None
+        await faults[0].until_lost(lanes)
+
+
+async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backend: MakeBackend) -> None:
+    """Its earlier addresses make room, except where a transfer is."""
+    async with pair(backend, dense()) as p:
+        transfer = p.offer(spec_of(p.layout))
+        await transfer.sender.open()
+        with structlog.testing.capture_logs() as logs:
+            for port in range(60000, 60020):
+                p.near.connect("far", [KvAddress("127.0.0.1", port)])
+        assert len([entry for entry in logs if entry["event"] == "kv session closed"]) == 16, logs
+        transfer.put_all()
+        await transfer.complete()
+
+
+# -- answers that come late -------------------------------------------------------------------------------------------
+
+
+class Acceptor:
+    """A KV port by hand: `hello` waits for a lane and its HELLO, `answer` and `refuse` say what becomes of it, `alive`
+    that the other side still has it."""
+
+    def __init__(self) -> None:
+        self._lanes: asyncio.Queue[RawLane] = asyncio.Queue()
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[KvAddress]:
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                lane = RawLane(reader, writer)
+                stack.push_async_callback(lane.aclose)
+                self._lanes.put_nowait(lane)
+
+            server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+            stack.callback(server.close)
+            yield KvAddress(*server.sockets[0].getsockname()[:2])
+
+    async def hello(self) -> tuple[RawLane, Hello]:
+        async with asyncio.timeout(SOON_S):
+            lane = await self._lanes.get()
+        return lane, await lane.until(FrameType.HELLO)
+
+    def answer(self, lane: RawLane, hello: Hello) -> None:
+        body = hello_body(hello.session, hello.lane, hello.lanes, answer=True)
+        lane.writer.write(encode_control(signed(body, SECRET, hello.nonce)))
+
+    async def alive(self, lane: RawLane) -> None:
+        lane.writer.write(encode_control(Ping(1.0)))
+        await lane.until(FrameType.PONG)
+
+    async def refuse(self, lane: RawLane, code: str) -> None:
+        lane.writer.write(encode_control(Error(code, "no")))
+        await lane.until_closed()
+
+
+@pytest.fixture
+def acceptor() -> Acceptor:
+    return Acceptor()
+
+
+async def test_an_old_session_that_is_unknown_does_not_end_the_new_one(acceptor: Acceptor) -> None:
+    """A lane resumes a session; before the answer comes all other lanes die and a new session begins. The answer, that
+    the old one is unknown, then says nothing of the new one."""
+    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+        p.near.connect("raw", [address])
+        (first, _), (second, _) = hellos = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(*hellos[0])
+        await acceptor.alive(first)
+        await second.aclose()
+        late, resuming = await acceptor.hello()
+        assert resuming.resume
+        await first.aclose()
+        fresh, beginning = await acceptor.hello()
+        assert beginning.session != resuming.session
+        acceptor.answer(fresh, beginning)
+        await acceptor.alive(fresh)
+        await acceptor.refuse(late, "unknown_session")
+        _, joining = await acceptor.hello()
+        assert (joining.session, joining.resume) == (beginning.session, True)
+        await acceptor.alive(fresh)
+
+
+async def test_one_refused_lane_is_not_the_sessions_refusal(acceptor: Acceptor) -> None:
+    """It was refused while another lane was up. When that one dies too, a sender waits until a lane is back instead of
+    failing for an old reason."""
+    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+        ticket = TicketBook(b"k" * 32, "raw").issue(spec_of(p.layout), 0.0)
+        sender = p.near.sender(ticket, "raw", [address])
+        hellos = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(*hellos[0])
+        await acceptor.alive(hellos[0][0])
+        await acceptor.refuse(hellos[1][0], "hello_refused")
+        again = await acceptor.hello()  # the refused lane: it has seen the refusal
+        await hellos[0][0].aclose()
+        other = await acceptor.hello()  # the lane that died
+        opening = asyncio.create_task(sender.open())
+        await asyncio.sleep(0)  # it has begun to wait
+        acceptor.answer(*other)
+        await other[0].until(FrameType.OPEN)
+        await sender.aclose()
+        with pytest.raises(TransferCancelledError):
+            await opening
+        await again[0].aclose()
