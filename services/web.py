@@ -334,6 +334,8 @@ async def read_body(request: web.Request) -> bytes:
             f"content-encoding {encoding[:50]!r} is not supported; send the body as it is", code="unsupported_encoding"
         )
     try:
+        if request.content.is_eof():  # as a short body is that came with its headers: there is nothing to wait for
+            return await request.read()
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 
 import msgspec
@@ -251,7 +251,7 @@ class Dispatcher:
             if attempt.prefill is not None:
                 prefilling.enter_context(self.registry.dispatched(attempt.prefill, job.prompt.tokens))
             try:
-                async with self.nodes.call(attempt.decode, "/decode", body, job.request_id) as call:
+                with closing(await self.nodes.call(attempt.decode, "/decode", body, job.request_id)) as call:
                     ticket, batch = await _read_ticket(call)
                     self.registry.reached(attempt.decode)
                     if attempt.prefill is not None and ticket.ticket:

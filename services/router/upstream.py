@@ -1,14 +1,13 @@
 """Calls to nodes, with what can go wrong mapped to three words: the node is not there, it refused, or it failed.
 
-An open call is a lease on the node: leaving the `async with` of a call closes its connection unless the answer was
-read to its end, and the node frees what it held.
+An open call is a lease on the node: `NodeCall.close` closes its connection unless the answer was read to its end, and
+the node frees what it held.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import closing, suppress
 from typing import TypeVar
 
 import aiohttp
@@ -73,10 +72,11 @@ class NodeFailedError(NodeCallError):
 
 
 class NodeCall:
-    """An answered call (status 200): its stream, batch by batch."""
+    """An answered call (status 200): its stream, batch by batch. Whoever has it closes it."""
 
     def __init__(self, node: Node, response: aiohttp.ClientResponse) -> None:
         self.node = node
+        self._response = response
         self._content = response.content
         self._stream = NodeStream()
         self._failure: Exception | None = None
@@ -102,6 +102,8 @@ class NodeCall:
 
     async def read_to_end(self) -> None:
         """After the last event that counts, so that the connection can be used again; if it breaks now, no matter."""
+        if self._content.at_eof():
+            return
         with suppress(NodeCallError, TimeoutError):
             async with asyncio.timeout(END_S):
                 while await self.read() is not None:
@@ -112,6 +114,10 @@ class NodeCall:
         self._failure = error
         self._content.set_exception(error)
 
+    def close(self) -> None:
+        """Gives the connection back if the answer was read to its end, else closes it: the cancel."""
+        self._response.close()
+
 
 class Nodes:
     """The shell that calls nodes."""
@@ -121,8 +127,7 @@ class Nodes:
         self._signer = signer
         self._urls: dict[tuple[URL, str], URL] = {}
 
-    @asynccontextmanager
-    async def call(self, node: Node, path: str, body: bytes, request_id: str) -> AsyncIterator[NodeCall]:
+    async def call(self, node: Node, path: str, body: bytes, request_id: str) -> NodeCall:
         """Raises NodeUnreachableError, NodeRefusedError."""
         try:
             response = await signed_post(
@@ -130,19 +135,16 @@ class Nodes:
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise NodeUnreachableError(node, _words(error)) from error
-        try:
-            if response.status != 200:
+        if response.status != 200:
+            with closing(response):
                 raise await _refusal(node, response)
-            yield NodeCall(node, response)
-        finally:
-            # Gives the connection back if the answer was read to its end, else closes it: the cancel.
-            response.close()
+        return NodeCall(node, response)
 
     async def prefill(self, node: Node, call: PrefillCall) -> PrefillResult:
         """Until prefill is done. Raises NodeCallError. Cancelling it stops the node's work."""
         body = msgspec.json.encode(call)
         result: PrefillResult | None = None
-        async with self.call(node, "/prefill", body, call.request_id) as stream:
+        with closing(await self.call(node, "/prefill", body, call.request_id)) as stream:
             # Read to its end: then the connection is used again, and the next call over the WAN saves a round trip.
             while (batch := await stream.read()) is not None:
                 for name, data in batch.events:

@@ -41,7 +41,7 @@ from prfaas.services.messages import (
     SamplingMessage,
     TicketEvent,
 )
-from prfaas.services.router.app import make_app
+from prfaas.services.router.app import collect_seldom, make_app
 from prfaas.services.web import Signer, signed_post
 from yarl import URL
 
@@ -83,6 +83,7 @@ def router_process(pipe: Connection) -> None:
     # The log line of each request is part of its cost; where it is written to is not.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     log.configure("info")
+    collect_seldom()
     config = Config(router=RouterConfig(model_path="bytes"), cluster=CLUSTER)
     services_web.run(_serve(make_app(config), pipe))
 
