@@ -34,7 +34,8 @@ def configure(level: str = "info", format: str = "json") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        # Unlike PrintLogger it hands over the line and its end in one write.
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
     # Libraries (aiohttp, asyncio) speak through the standard library: warnings and worse, in one plain line.

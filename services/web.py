@@ -118,24 +118,74 @@ async def listening(
         raise ConfigError(
             [f"{key} = {bind!r} is open to other machines: set a cluster secret first (cluster.secret_file)"]
         )
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=shutdown_s,
-        # A message holds the prompt's ids or text: read it in large pieces.
-        read_bufsize=256 * 1024,
-        # `read_body` refuses what is compressed.
-        auto_decompress=False,
-        logger=_http_logger(),
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_s)
     await runner.setup()
+    server, loop, logger = runner.server, asyncio.get_running_loop(), _http_logger()
+    assert server is not None
     try:
         listener = _listener(bind, key)
-        await web.SockSite(runner, listener, backlog=1024).start()
-        yield host, listener.getsockname()[1]
+        accepting = await loop.create_server(
+            lambda: Connection(server, loop=loop, logger=logger, **CONNECTION), sock=listener, backlog=1024
+        )
+        try:
+            yield host, listener.getsockname()[1]
+        finally:
+            accepting.close()
     finally:
         await runner.cleanup()
+
+
+CONNECTION: Mapping[str, Any] = {
+    "access_log": None,
+    # A message holds the prompt's ids or text: read it in large pieces.
+    "read_bufsize": 256 * 1024,
+    # `read_body` refuses what is compressed.
+    "auto_decompress": False,
+}
+
+
+class Connection(web.RequestHandler):
+    """One client's connection. What aiohttp answers by itself, in plain text and past the app's middleware, is an
+    OpenAI error body here too: malformed HTTP, and what routing raises before the handler (417)."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if isinstance(exc, UnicodeEncodeError):
+            # aiohttp wanted to repeat an Expect header that is no UTF-8.
+            status, message = 400, "a header is no UTF-8"
+            exc = HttpProcessingError(code=status, message=message)
+        # Logs, and raises when a response has begun.
+        super().handle_error(request, status, exc, message)
+        if status == 400:
+            # The rest of aiohttp's message shows the malformed bytes as Python would.
+            what = (message or "bad request").partition("\n")[0].partition(":")[0]
+            detail = ErrorDetail(f"malformed HTTP: {what}", "invalid_request_error", None, "malformed_http")
+        else:
+            detail = ErrorDetail("internal error", "server_error", None, "internal_error")
+        response = _past_the_app(request, status, ErrorBody(detail))
+        response.force_close()
+        return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPException) and isinstance(request, web.Request) and resp.status >= 400:
+            resp = _past_the_app(request, *_http_error(resp, request))
+        return await super().finish_response(request, resp, start_time)
+
+
+def _past_the_app(
+    request: web.BaseRequest, status: int, body: ErrorBody, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """With the request id, which `guard` gives to the others."""
+    return error_response(status, body, {**(headers or {}), REQUEST_ID_HEADER: request_id_of(request.headers)})
 
 
 def _http_logger() -> logging.Logger:
@@ -261,6 +311,7 @@ def _http_error(error: web.HTTPException, request: web.Request) -> tuple[int, Er
         404: f"no such route: {request.method} {request.path}",
         405: f"{request.path} does not take {request.method}; it takes {error.headers.get('Allow', 'nothing')}",
         413: f"the body is larger than {request.client_max_size} bytes",
+        417: f"Expect: {request.headers.get('expect', '')[:50]} is not supported; 100-continue is",
     }
     kind = "not_found_error" if error.status == 404 else "invalid_request_error"
     message = messages.get(error.status, error.reason or "bad request")
@@ -334,6 +385,8 @@ async def read_body(request: web.Request) -> bytes:
             f"content-encoding {encoding[:50]!r} is not supported; send the body as it is", code="unsupported_encoding"
         )
     try:
+        if request.content.is_eof():  # as a short body is that came with its headers: there is nothing to wait for
+            return await request.read()
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -34,6 +35,8 @@ from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
 
+GARBAGE_THRESHOLD = 10_000
+"""Allocations between two searches for cyclic garbage; Python's own choice is 700."""
 NODE_STATES = ("usable", "unreachable", "draining", "lost")
 
 logger = log.get_logger("router")
@@ -361,4 +364,13 @@ async def run(config: Config) -> None:
 
 def serve(config: Config) -> None:
     """The command's body: a router under uvloop."""
+    collect_seldom()
     services_web.run(run(config))
+
+
+def collect_seldom() -> None:
+    """For a process that is a router and nothing else: it looks for cyclic garbage less often, and never among what is
+    there now. A request leaves next to none, but allocates enough to start several searches, a tenth of its CPU."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 
 import msgspec
@@ -49,7 +49,6 @@ from prfaas.services.router.upstream import (
 )
 from prfaas.services.web import REQUEST_ID_HEADER, describe_error, error_response
 
-DONE = b"data: [DONE]\n\n"
 REASON_HEADER = "x-prfaas-reason"
 PREFILL_HEADER = "x-prfaas-prefill"
 DECODE_HEADER = "x-prfaas-decode"
@@ -252,7 +251,7 @@ class Dispatcher:
             if attempt.prefill is not None:
                 prefilling.enter_context(self.registry.dispatched(attempt.prefill, job.prompt.tokens))
             try:
-                async with self.nodes.call(attempt.decode, "/decode", body, job.request_id) as call:
+                with closing(await self.nodes.call(attempt.decode, "/decode", body, job.request_id)) as call:
                     ticket, batch = await _read_ticket(call)
                     self.registry.reached(attempt.decode)
                     if attempt.prefill is not None and ticket.ticket:
@@ -298,7 +297,7 @@ class Dispatcher:
         self, http: web.Request, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None
     ) -> web.StreamResponse:
         """Every event as it comes; those that come together in one write, the last ones with the end of the body."""
-        held: list[bytes] = []
+        held = b""
         response: web.StreamResponse | None = None
         while batch is not None:
             self._note(progress, batch)
@@ -306,14 +305,12 @@ class Dispatcher:
                 progress.instants.token_came(self.now_s())
             if batch.relay:
                 held += batch.relay
-                done = held[-1] == DONE
-                if response is None and (done or progress.output_tokens):
+                if response is None and (batch.done or progress.output_tokens):
                     response = progress.response = _stream_response(job.request_id, attempt)
                     await response.prepare(http)
                 if response is not None:
-                    data = b"".join(held)
-                    held.clear()
-                    if done:
+                    data, held = held, b""
+                    if batch.done:
                         await response.write_eof(data)
                         await call.read_to_end()
                         return response
@@ -325,19 +322,20 @@ class Dispatcher:
         self, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None
     ) -> web.Response:
         """The one `data:` line as the JSON body."""
-        lines: list[bytes] = []
+        relay: list[bytes] = []
         while batch is not None:
             self._note(progress, batch)
-            lines += batch.relay
+            relay.append(batch.relay)
             batch = await call.read()
-        if not lines:
+        if not any(relay):
             raise NodeUnreachableError(attempt.decode, "it ended its stream before the output was complete")
         headers = _headers(job.request_id, attempt) | {"content-type": "application/json"}
-        return web.Response(body=response_body(lines), headers=headers)
+        return web.Response(body=response_body(b"".join(relay)), headers=headers)
 
     def _note(self, progress: Progress, batch: Batch) -> None:
-        progress.output_tokens += batch.output_tokens
-        progress.token_ids += batch.token_ids
+        if batch.output_tokens:
+            progress.output_tokens += batch.output_tokens
+            progress.token_ids.append(batch.token_ids)
         if batch.timeline is not None:
             progress.timeline = batch.timeline
 

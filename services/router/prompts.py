@@ -70,7 +70,7 @@ def tokenize(request: GenerationRequest, tokenizer: Tokenizer) -> Prompt:
         elif isinstance(request.prompt, str):
             ids = tokenizer.encode(request.prompt)
         else:
-            ids = _checked_ids(request.prompt or [], tokenizer.vocabulary)
+            ids = request.prompt or []
     except RequestError as error:
         if error.param is not None:
             raise
@@ -81,13 +81,14 @@ def tokenize(request: GenerationRequest, tokenizer: Tokenizer) -> Prompt:
         raise RequestError(
             f"stop_token_ids must be below the vocabulary of {tokenizer.vocabulary}", param="stop_token_ids"
         )
-    return Prompt(ids, msgspec.Raw(msgspec.json.encode(ids)))
+    json = msgspec.json.encode(ids)
+    if isinstance(request.prompt, list):
+        _check_range(ids, json, tokenizer.vocabulary)
+    return Prompt(ids, msgspec.Raw(json))
 
 
-def _checked_ids(ids: list[int], vocabulary: int) -> list[int]:
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= vocabulary:
-        raise RequestError(
-            f"token ids must be from 0 to {vocabulary - 1}; one is {low if low < 0 else high}", param="prompt"
-        )
-    return ids
+def _check_range(ids: list[int], json: bytes, vocabulary: int) -> None:
+    """`json`: the ids; a minus sign is found there at once, where min() would look at every id."""
+    if b"-" in json or max(ids) >= vocabulary:
+        wrong = min(ids) if b"-" in json else max(ids)
+        raise RequestError(f"token ids must be from 0 to {vocabulary - 1}; one is {wrong}", param="prompt")

@@ -1,14 +1,14 @@
 """Calls to nodes, with what can go wrong mapped to three words: the node is not there, it refused, or it failed.
 
-An open call is a lease on the node: leaving the `async with` of a call closes its connection unless the answer was
-read to its end, and the node frees what it held.
+An open call is a lease on the node: `NodeCall.close` closes its connection unless the answer was read to its end, and
+the node frees what it held.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import time
+from contextlib import closing, suppress
 from typing import TypeVar
 
 import aiohttp
@@ -22,13 +22,17 @@ from yarl import URL
 
 SILENT_S = 10.0
 """Nodes write a ping comment every 2 s: one that is silent for so long is dead."""
+LOOK_S = 1.0
+"""From one look for silent nodes to the next: a timer for each read would cost a twelfth of a relayed token."""
+SLOWEST_UPLOAD_BYTES_S = 1 << 20
+"""A body that takes longer on its way counts as silence too."""
 END_S = 1.0
 """From a node's last event to the end of its body."""
 MAX_ERROR_BYTES = 1 << 20
 
 T = TypeVar("T")
 
-LIMITS = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENT_S)
+LIMITS = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
 
 CLIENT_ERRORS = {
     "invalid_request_error": 400,
@@ -73,18 +77,24 @@ class NodeFailedError(NodeCallError):
 
 
 class NodeCall:
-    """An answered call (status 200): its stream, batch by batch."""
+    """An answered call (status 200): its stream, batch by batch. Whoever has it closes it."""
 
-    def __init__(self, node: Node, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, node: Node, response: aiohttp.ClientResponse, unclosed: set[NodeCall]) -> None:
         self.node = node
+        self._unclosed = unclosed
+        unclosed.add(self)
+        self._response = response
         self._content = response.content
         self._stream = NodeStream()
         self._failure: Exception | None = None
+        self._waits_since_s: float | None = None
 
     async def read(self) -> Batch | None:
         """What has come since; None at the end. Raises NodeUnreachableError, NodeFailedError, or what `fail` set."""
+        self._waits_since_s = time.monotonic()
         try:
             data = await self._content.readany()
+            self._waits_since_s = None
             if self._failure is not None:
                 raise self._failure
             if not data:
@@ -102,6 +112,8 @@ class NodeCall:
 
     async def read_to_end(self) -> None:
         """After the last event that counts, so that the connection can be used again; if it breaks now, no matter."""
+        if self._content.at_eof():
+            return
         with suppress(NodeCallError, TimeoutError):
             async with asyncio.timeout(END_S):
                 while await self.read() is not None:
@@ -112,6 +124,16 @@ class NodeCall:
         self._failure = error
         self._content.set_exception(error)
 
+    def fail_if_silent(self, now_s: float) -> None:
+        """While nobody reads, because the client is slow, the node is not to blame."""
+        if self._waits_since_s is not None and now_s - self._waits_since_s > SILENT_S:
+            self.fail(NodeUnreachableError(self.node, f"nothing came from it for {SILENT_S:g} s"))
+
+    def close(self) -> None:
+        """Gives the connection back if the answer was read to its end, else closes it: the cancel."""
+        self._unclosed.discard(self)
+        self._response.close()
+
 
 class Nodes:
     """The shell that calls nodes."""
@@ -120,29 +142,42 @@ class Nodes:
         self._session = session
         self._signer = signer
         self._urls: dict[tuple[URL, str], URL] = {}
+        self._unclosed: set[NodeCall] = set()
+        self._next_look: asyncio.TimerHandle | None = None
+        """None while no call is open."""
 
-    @asynccontextmanager
-    async def call(self, node: Node, path: str, body: bytes, request_id: str) -> AsyncIterator[NodeCall]:
+    async def call(self, node: Node, path: str, body: bytes, request_id: str) -> NodeCall:
         """Raises NodeUnreachableError, NodeRefusedError."""
         try:
-            response = await signed_post(
-                self._session, self._url(node, path), body, self._signer, request_id=request_id, limits=LIMITS
-            )
+            async with asyncio.timeout(SILENT_S + len(body) / SLOWEST_UPLOAD_BYTES_S):
+                response = await signed_post(
+                    self._session, self._url(node, path), body, self._signer, request_id=request_id, limits=LIMITS
+                )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise NodeUnreachableError(node, _words(error)) from error
-        try:
-            if response.status != 200:
+        if response.status != 200:
+            with closing(response):
                 raise await _refusal(node, response)
-            yield NodeCall(node, response)
-        finally:
-            # Gives the connection back if the answer was read to its end, else closes it: the cancel.
-            response.close()
+        if self._next_look is None:
+            self._look_later()
+        return NodeCall(node, response, self._unclosed)
+
+    def _look_later(self) -> None:
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._next_look = None
+        now_s = time.monotonic()
+        for call in self._unclosed:
+            call.fail_if_silent(now_s)
+        if self._unclosed:
+            self._look_later()
 
     async def prefill(self, node: Node, call: PrefillCall) -> PrefillResult:
         """Until prefill is done. Raises NodeCallError. Cancelling it stops the node's work."""
         body = msgspec.json.encode(call)
         result: PrefillResult | None = None
-        async with self.call(node, "/prefill", body, call.request_id) as stream:
+        with closing(await self.call(node, "/prefill", body, call.request_id)) as stream:
             # Read to its end: then the connection is used again, and the next call over the WAN saves a round trip.
             while (batch := await stream.read()) is not None:
                 for name, data in batch.events:

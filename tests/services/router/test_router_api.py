@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 from typing import Any
 
@@ -17,6 +18,7 @@ from prfaas.common.metrics import Metrics
 from prfaas.services import web as services_web
 from prfaas.services.router.app import make_app, read_api_keys, run
 from prfaas.services.web import Signer
+from yarl import URL
 
 PATH = "/v1/completions"
 BODY = {"model": "stub-model", "prompt": "Hi"}
@@ -51,6 +53,45 @@ async def test_bad_input_is_a_clear_4xx(cluster: Any, body: Any, status: int, wh
     assert what in answer["error"]["message"]
     assert headers["x-request-id"]
     assert node.calls == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "what"),
+    [
+        (b"NONSENSE\r\n\r\n", 400, "malformed HTTP: Invalid method"),
+        (b"GET /healthz HTTP/1.1\r\nhost: a\r\nno colon\r\n\r\n", 400, "malformed HTTP: Invalid header token"),
+        (b"GET /healthz HTTP/1.1\r\nx: %b\r\n\r\n" % (b"a" * 10_000), 400, "malformed HTTP: Got more than 8190"),
+        (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "malformed HTTP"),
+        (
+            b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\nexpect: tea\r\n\r\n",
+            417,
+            "Expect: tea is not supported",
+        ),
+        (
+            b"GET /no/route HTTP/1.1\r\nhost: a\r\nconnection: close\r\nexpect: \xff\r\n\r\n",
+            400,
+            "a header is no UTF-8",
+        ),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+async def test_what_no_handler_sees_has_openais_error_body_too(
+    cluster: Any, raw: bytes, status: int, what: str
+) -> None:
+    """Malformed HTTP and unknown expectations; none of the malformed bytes come back, and the next client is served."""
+    url = URL(cluster.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    with contextlib.closing(writer):
+        writer.write(raw)
+        async with asyncio.timeout(5):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    head, error = head.lower(), msgspec.json.decode(body)["error"]
+    assert head.split()[1] == str(status).encode()
+    assert (b"content-type: application/json" in head, b"x-request-id: " in head) == (True, True)
+    assert (error["type"], set(error)) == ("invalid_request_error", {"message", "type", "param", "code"})
+    assert what in error["message"]
+    assert "b'" not in error["message"]
+    assert (await cluster.get("/healthz"))[0] == 200
 
 
 async def test_a_chunked_body_over_the_limit_is_refused(cluster: Any) -> None:

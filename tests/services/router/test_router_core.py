@@ -32,18 +32,20 @@ STREAM = (
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8))
 def test_a_stream_may_be_cut_anywhere(cuts: list[int]) -> None:
     """The client's bytes, the ids and the events are the same however the socket splits the stream."""
-    stream, relay, ids, tokens, events, timeline = NodeStream(), b"", [], 0, [], None
+    stream, relay, ids, tokens, events, timeline, done = NodeStream(), b"", [], 0, [], None, []
     edges = [0, *sorted(cuts), len(STREAM)]
     for start, end in itertools.pairwise(edges):
         batch = stream.feed(STREAM[start:end])
-        relay += b"".join(batch.relay)
-        ids += batch.token_ids
+        relay += batch.relay
+        ids += batch.token_ids.split(b",") if batch.output_tokens else []
         tokens += batch.output_tokens
         events += batch.events
         timeline = batch.timeline or timeline
+        done += [relay] if batch.done else []
     assert relay == b'data: {"a":": ids 9"}\n\ndata: {}\n\ndata: [DONE]\n\n'
-    assert (ids, tokens, timeline) == ([b"1,22", b"3"], 3, b'{"x":1}')
+    assert (ids, tokens, timeline) == ([b"1", b"22", b"3"], 3, b'{"x":1}')
     assert events == [("ticket", b'{"ticket":"t"}')]
+    assert done == [relay]
 
 
 def test_an_event_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,9 +59,10 @@ def test_an_event_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_whole_response_is_one_data_line() -> None:
     """None or two are the node's mistake."""
-    assert response_body([b'data: {"a":1}\n\n']) == b'{"a":1}'
-    with pytest.raises(ProtocolError):
-        response_body([])
+    assert response_body(b'data: {"a":1}\n\n') == b'{"a":1}'
+    for lines in (b"", b"data: 1\n\ndata: 2\n\n"):
+        with pytest.raises(ProtocolError):
+            response_body(lines)
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------

@@ -149,18 +149,62 @@ async def test_the_end_of_the_decode_stream_stops_prefill(cluster: Any, scripts:
     await scripts.within(prefill.cancelled)
 
 
-async def test_a_silent_node_is_dead(cluster: Any, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing for longer than the limit, not even a ping: the client gets 503, not a hang."""
-    limits = upstream.aiohttp.ClientTimeout(total=None, sock_connect=1, sock_read=0.2)
-    monkeypatch.setattr(upstream, "LIMITS", limits)
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that gives a silent node less time."""
+    monkeypatch.setattr(upstream, "SILENT_S", 0.2)
+    monkeypatch.setattr(upstream, "LOOK_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_silent_node_is_dead(cluster: Any, scripts: Any) -> None:
+    """Nothing for longer than the limit, not even a ping: the client gets 503, not a hang, and the node is let go."""
 
     async def decode(node: Any, call: Any, out: Any) -> None:
         await scripts.ticket(call, out)
         await node.go.wait()
 
-    await cluster.add("d1", decode=decode)
+    node = await cluster.add("d1", decode=decode)
     status, _, _ = await cluster.post(PATH, CHAT)
     assert status == 503
+    await scripts.within(node.cancelled)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_node_that_does_not_begin_to_answer_is_dead(cluster: Any, scripts: Any) -> None:
+    """A stopped process's kernel still accepts: the call goes to another node."""
+    accepted: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
+    try:
+        stopped, other = await cluster.add("d1"), await cluster.add("d2")
+        stopped.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await cluster.beat(stopped)
+        status, _, headers = await cluster.post(PATH, CHAT)
+        assert (status, headers["x-prfaas-decode"]) == (200, "d2")
+        assert (len(accepted), len(stopped.calls), len(other.calls)) == (1, 0, 1)
+    finally:
+        for writer in accepted:
+            writer.close()
+        server.close()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_slow_client_is_not_taken_for_a_silent_node(cluster: Any, scripts: Any) -> None:
+    """While the router waits for the client to take what it has, it doesn't read: the node is not to blame."""
+    filler = "x" * 4_000_000
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        await scripts.ticket(call, out)
+        for i in range(8):
+            await out.chunk([i], scripts.chunk(call, filler))
+        await out.raw(b"data: [DONE]\n\n")
+
+    await cluster.add("d1", decode=decode)
+    async with cluster.session.post(cluster.url + PATH, json=CHAT | {"stream": True}) as response:
+        await asyncio.sleep(4 * upstream.SILENT_S)  # reading nothing for so long is what is tried here
+        body = await response.read()
+    assert body.count(filler.encode()) == 8
+    assert body.endswith(b"data: [DONE]\n\n")
 
 
 async def test_a_request_ends_at_its_deadline(make_cluster: Any, scripts: Any) -> None:
