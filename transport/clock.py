@@ -7,6 +7,7 @@ the last many bounds it best; old ones are forgotten because clocks drift (some 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from prfaas.transport.api import LinkClock
@@ -21,9 +22,9 @@ class ClockEstimator:
         self._samples: deque[tuple[float, float, float]] = deque(maxlen=KEPT_SAMPLES)
 
     def add(self, sent_s: float, peer_s: float, received_s: float) -> None:
-        """One PING's three instants. A negative round trip (a forged PONG) is ignored."""
+        """One PING's three instants. A PONG that can't be true (a negative round trip, no finite number) is ignored."""
         rtt_s = received_s - sent_s
-        if rtt_s >= 0:
+        if rtt_s >= 0 and math.isfinite(rtt_s) and math.isfinite(peer_s):
             self._samples.append((rtt_s, peer_s - (sent_s + received_s) / 2, received_s))
 
     def estimate(self, now_s: float) -> LinkClock | None:

@@ -35,6 +35,11 @@ STALLED_S = 1.0
 """After `aclose` a lane must go on taking the chunk that it has begun; one that takes nothing for so long is aborted.
 Longer than the pauses of a lossy WAN, far shorter than `dead_s`, for which the engine's memory would be held."""
 
+MAX_RETRY_AFTER_S = 5.0
+"""The longest wait that a peer without room can ask for: a wrong number must not park a prefill for ever."""
+MIN_CREDIT_BYTES = 4096
+"""Less would cut the KV into chunks of a few bytes, or let none leave at all."""
+
 CANCEL_ERRORS: dict[str, type[TransferError]] = {
     error.reason: error for error in (TransferCancelledError, ChecksumError, LaneLostError, TicketError)
 }
@@ -129,13 +134,23 @@ class TransferSender:
         finally:
             self._answer = None
         if opened.no_room:
+            # Not a number, or a time that nobody means, is the longest wait.
+            sane = 0 <= opened.retry_after_s <= MAX_RETRY_AFTER_S
             raise NoRoomError(
-                f"{self._session.peer} has no room for {self.spec.request_id}", retry_after_s=opened.retry_after_s
+                f"{self._session.peer} has no room for {self.spec.request_id}",
+                retry_after_s=opened.retry_after_s if sane else MAX_RETRY_AFTER_S,
             )
         if opened.refused:
             refusal = TicketError(opened.refused) if opened.kind == "ticket" else PeerRefusedError(opened.refused)
             self.fail(refusal, tell_peer=False)
             raise refusal
+        if opened.credit_bytes < MIN_CREDIT_BYTES:
+            stingy = PeerRefusedError(
+                f"{self._session.peer} accepted the transfer with {opened.credit_bytes} bytes of credit; "
+                f"at least {MIN_CREDIT_BYTES} are needed"
+            )
+            self.fail(stingy)
+            raise stingy
         self._open = True
         self._state.opened(opened.credit_bytes)
         self._session.wake()

@@ -141,8 +141,9 @@ class Session:
         return not self._senders and not self._receivers
 
     async def wait_usable(self) -> None:
-        """Until a lane is up. Raises PeerRefusedError when the peer refuses our HELLO."""
-        while not self._channels:
+        """Until a lane is up; one that is closing counts as down. Raises PeerRefusedError when the peer refuses our
+        HELLO."""
+        while self.any_channel() is None:
             if self.refusal is not None:
                 raise self.refusal
             self._changed.clear()

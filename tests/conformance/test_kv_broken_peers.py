@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import socket
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 import structlog
 from prfaas.common.config import TransportConfig
-from prfaas.common.errors import PeerRefusedError, TransferError
+from prfaas.common.errors import NoRoomError, PeerRefusedError, PrfaasError, TransferError
 from prfaas.transport import channel as channel_module
 from prfaas.transport import endpoint, sending
 from prfaas.transport.api import KvAddress, KvPiece, KvSender
@@ -382,7 +383,8 @@ async def test_both_directions_work_after_the_session_was_lost() -> None:
 class StoppingReceiver:
     """Answers HELLO and OPEN like a decode node, reads the first CHUNK's header, and then nothing until told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Opened | None = None) -> None:
+        self.answer = answer or Opened(1, credit_bytes=64 << 20)
         self.chunk_begun = asyncio.Event()
         self.read_on = asyncio.Event()
         self.lanes = 0
@@ -408,11 +410,40 @@ class StoppingReceiver:
                     answer = hello_body(body.session, body.lane, body.lanes, answer=True)
                     writer.write(encode_control(signed(answer, SECRET, body.nonce)))
                 elif header.type == FrameType.OPEN:
-                    writer.write(encode_control(Opened(1, credit_bytes=64 << 20), header.transfer, FROM_RECEIVER))
+                    writer.write(encode_control(self.answer, header.transfer, FROM_RECEIVER))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (Opened(1), PeerRefusedError, "with 0 bytes of credit"),
+        (Opened(1, credit_bytes=2), PeerRefusedError, "with 2 bytes of credit"),
+        (Opened(1, no_room=True, retry_after_s=math.nan), NoRoomError, "no room"),
+        (Opened(1, no_room=True, retry_after_s=1e300), NoRoomError, "no room"),
+        (Opened(1, no_room=True, retry_after_s=-1.0), NoRoomError, "no room"),
+    ],
+)
+async def test_a_senseless_answer_to_open_parks_no_prefill(
+    answer: Opened, error: type[PrfaasError], words: str
+) -> None:
+    """No credit, hardly any, or a time that nobody means: the sender hears of it at once, and may wait a few seconds
+    at most."""
+    peer = StoppingReceiver(answer)
+    server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    async with pair(TcpBackend, dense(1), lanes=1) as p:
+        ticket = TicketBook(b"k" * 32, "raw").issue(spec_of(p.layout, (0, 10)), 0.0)
+        sender = p.near.sender(ticket, "raw", [KvAddress(host, port)])
+        with pytest.raises(error, match=words) as caught:
+            await asyncio.wait_for(sender.open(), SOON_S)
+        if isinstance(caught.value, NoRoomError):
+            assert 0 <= caught.value.retry_after_s <= sending.MAX_RETRY_AFTER_S
+        await sender.aclose()
+    server.close()
 
 
 @asynccontextmanager

@@ -43,3 +43,28 @@ async def test_greedy_answers_equal_generate(cluster, smollm2_dir, reference):
     for ids, answer in zip(prompts, answers, strict=True):
         assert answer["headers"]["x-prfaas-reason"] == "offloaded"
         assert answer["choices"][0]["text"] == tokenizer.decode(reference(ids, 12))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("rate_mbit", [50, 500])
+async def test_decode_begins_while_kv_is_in_flight(cluster, smollm2_dir, rate_mbit):
+    """Whether the transfer or prefill takes longer: in every run decode's first layer is used before the last layer
+    has arrived, and no layer is used before it is there."""
+    from prfaas.services.engine.tokenizer import load_tokenizer
+
+    prompt = load_tokenizer(str(smollm2_dir)).encode(PASSAGE * 24)
+    await cluster.start(
+        ["--model", str(smollm2_dir), "--dtype", "bfloat16", "--engine-arena-bytes", "256M"],
+        ["--model", str(smollm2_dir)],
+        rate_mbit=rate_mbit,
+        delay_ms=10,
+    )
+    for _ in range(3):
+        answer = await cluster.complete(prompt, 2, ignore_eos=True)
+        url = f"{cluster.router_url}/requests/{answer['headers']['x-request-id']}/timeline"
+        async with cluster.session.get(url) as response:
+            timeline = await response.json()
+        layers = timeline["layers"]
+        assert len(layers) == 30
+        assert layers[0]["used_s"] < layers[-1]["arrived_s"]
+        assert all(layer["arrived_s"] <= layer["used_s"] + 1e-3 for layer in layers)

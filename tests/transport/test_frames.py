@@ -98,7 +98,9 @@ def test_a_chunk_lands_in_its_destination_or_in_the_sink(step: int | None) -> No
     first, second, third = events
     assert isinstance(first, ChunkArrived)
     assert first.data is None
+    assert first.checksum is None
     assert isinstance(second, ChunkArrived)
+    assert second.checksum == chunk_checksum(memoryview(data), 2, 1, 3, 64)
     assert (second.header.layer, second.header.tensor, second.header.row, second.header.offset_bytes) == (2, 1, 3, 64)
     assert bytes(memory) == data + bytes(100)
     assert isinstance(third, Control)

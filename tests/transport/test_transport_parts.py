@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import random
 
 import lz4.block
@@ -76,6 +77,20 @@ def test_the_clock_is_right_within_its_bound(offset: float, delays: list[tuple[f
     estimate = clock.estimate(now)
     assert estimate is not None
     assert abs(estimate.offset_s - offset) <= estimate.error_s + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("sent_s", "peer_s"), [(math.nan, 1.0), (-math.inf, 1.0), (11.0, 1.0), (9.0, math.nan), (9.0, math.inf)]
+)
+def test_an_impossible_pong_tells_the_clock_nothing(sent_s: float, peer_s: float) -> None:
+    """Forged or broken instants neither replace nor spoil what is known."""
+    clock = ClockEstimator()
+    clock.add(sent_s, peer_s, 10.0)
+    assert clock.estimate(10.0) is None
+    clock.add(9.0, 50.0, 10.0)
+    known = clock.estimate(10.0)
+    clock.add(sent_s, peer_s, 10.0)
+    assert clock.estimate(10.0) == known
 
 
 # -- tickets ----------------------------------------------------------------------------------------------------------
