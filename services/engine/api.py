@@ -176,6 +176,12 @@ class Engine(Protocol):
         """Valid after `start`."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be computed any more, with the mend, or None. It is final: every request has failed, and
+        `prefill` and `decode` raise EngineError with this text. Valid at any time."""
+        ...
+
     async def start(self) -> None:
         """Load the model and touch the arena's memory. Raises ModelRefusedError, ConfigError."""
         ...

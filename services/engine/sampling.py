@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from prfaas.common.errors import EngineError
 from prfaas.services.engine.api import SamplingParams
 
 _SEED_MASK = (1 << 64) - 1
@@ -33,11 +34,19 @@ def is_stop(token_id: int, params: SamplingParams, eos_token_ids: Sequence[int])
     return token_id in params.stop_token_ids or (not params.ignore_eos and token_id in eos_token_ids)
 
 
-def sample(logits: NDArray[np.float32], draws: Sequence[Draw]) -> list[int]:
-    """One token id a row. logits: float32 [rows, vocabulary], left unchanged."""
-    if all(draw.params.temperature <= 0 and not _banned(draw) for draw in draws):
-        return [int(token) for token in logits.argmax(axis=-1)]
-    return [_sample_row(row, draw) for row, draw in zip(logits, draws, strict=True)]
+def sample(logits: NDArray[np.float32], draws: Sequence[Draw]) -> list[int | EngineError]:
+    """One token id a row, or why this row, and no other, has none. logits: float32 [rows, vocabulary], left unchanged.
+
+    Logits that are not finite are an error of their row: a NaN would be drawn as a token that does not exist.
+    """
+    return [_token_or_error(row, draw) for row, draw in zip(logits, draws, strict=True)]
+
+
+def _token_or_error(logits: NDArray[np.float32], draw: Draw) -> int | EngineError:
+    try:
+        return _sample_row(logits, draw)
+    except Exception as error:  # whatever it is, the other rows have done nothing wrong
+        return EngineError(f"no token could be sampled: {error}")
 
 
 def _banned(draw: Draw) -> tuple[int, ...]:
@@ -52,8 +61,11 @@ def _sample_row(logits: NDArray[np.float32], draw: Draw) -> int:
     if banned:
         logits = logits.copy()
         logits[banned] = -np.inf
+    best = int(logits.argmax())
+    if not np.isfinite(logits[best]):  # argmax finds a NaN before anything else
+        raise EngineError(f"the model's logits have {logits[best]} as their largest")
     if draw.params.temperature <= 0:
-        return int(logits.argmax())
+        return best
     return _draw(_weights(logits, draw.params), draw)
 
 

@@ -13,7 +13,7 @@ import aiohttp
 from aiohttp import web
 from prfaas.common import log
 from prfaas.common.config import Config, EngineConfig, parse_address
-from prfaas.common.errors import ConfigError
+from prfaas.common.errors import ConfigError, UnavailableError
 from prfaas.common.metrics import Metrics
 from prfaas.services import web as services_web
 from prfaas.services.decode.handler import DecodeService
@@ -58,7 +58,7 @@ class Node:
     def why_not_ready(self) -> str | None:
         if not self._started:
             return "the engine is starting"
-        return "draining" if self.draining else None
+        return "draining" if self.draining else self.engine.failure
 
     async def start(self) -> None:
         """The engine loads its model, the KV endpoint listens. Raises ConfigError, ModelRefusedError."""
@@ -99,10 +99,17 @@ class Node:
         await self.engine.close()
 
     async def prefill(self, request: web.Request) -> web.StreamResponse:
+        self._refuse_if_failed()
         return await self._prefill.handle(request)
 
     async def decode(self, request: web.Request) -> web.StreamResponse:
+        self._refuse_if_failed()
         return await self._decode.handle(request)
+
+    def _refuse_if_failed(self) -> None:
+        """A router that has not heard of it yet goes on with another node, as with one that drains."""
+        if self.engine.failure is not None:
+            raise UnavailableError("the engine of this node has failed; ask another one")
 
     # -- routers -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +178,8 @@ class Node:
             load=LoadMessage(
                 load.queued_requests, load.queued_tokens, load.running_requests, load.context_tokens, load.free_kv_bytes
             ),
-            draining=self.draining,
+            # To a router it is the same: nothing new here, what runs ends by itself (a failed engine has ended it all).
+            draining=self.draining or self.engine.failure is not None,
             leaving=self.leaving,
             clock_offset_s=clock.offset_s if clock is not None else 0.0,
             clock_error_s=clock.error_s if clock is not None else 1e9,

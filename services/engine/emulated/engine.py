@@ -35,6 +35,9 @@ from prfaas.transport.arena import Arena
 class EmulatedEngine:
     """services.engine.api.Engine. Finished jobs leave the load by themselves, closed or not."""
 
+    failure: str | None = None
+    """Its work is tasks of the event loop: there is no thread that could die alone."""
+
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         layout = emulated_layout(config.layers, config.kv_heads, config.head_dim, config.state_bytes)

@@ -31,5 +31,6 @@ def busy_load(stop: threading.Event, model: str, dtype: str = "auto", ready: thr
         while not stop.is_set():
             job = PrefillJob(tokens, len(tokens), kv, None, lambda computed, tokens, s: None, lambda error: None, 0.0)
             while job.remaining_tokens and not stop.is_set():
-                run_step(loaded.model, job, config.prefill_step_tokens)
+                for _ in run_step(loaded.model, job, config.prefill_step_tokens):
+                    pass
     kv.free()

@@ -17,11 +17,12 @@ token comes about one layer after the last arrival. With nobody running a pass b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from prfaas.common.errors import EngineError
 from prfaas.services.engine.api import DecodeDone, DecodeEvent, DecodeTimeline, FinishReason, SamplingParams, TokenEvent
 from prfaas.services.engine.sampling import Draw, is_stop, sample
 from prfaas.services.engine.transformers.attention import RaggedCache
@@ -79,6 +80,10 @@ class DecodeRow:
         return self.present[layer] and not (self.waits_for_all and self.missing_layers)
 
 
+Told = list[tuple[DecodeRow, DecodeEvent | Exception]]
+"""Events, and failures, each with the row that it is for, in order."""
+
+
 class SlipstreamBatch:
     """Running rows and joiners, on the worker's thread. Every method is called there."""
 
@@ -87,11 +92,18 @@ class SlipstreamBatch:
         self._max_batch = max_batch
         self.running: list[DecodeRow] = []
         self.joining: list[DecodeRow] = []
+        self._pass: _Batch | None = None
 
     def join(self, row: DecodeRow) -> None:
         self.joining.append(row)
 
     def discard(self, row: DecodeRow) -> None:
+        """Idempotent. When it returns, nothing reads or writes the row's KV any more, in the middle of a pass too."""
+        self._forget(row)
+        if self._pass is not None:
+            self._pass.leave([row])
+
+    def _forget(self, row: DecodeRow) -> None:
         for rows in (self.running, self.joining):
             if row in rows:
                 rows.remove(row)
@@ -111,31 +123,55 @@ class SlipstreamBatch:
         started = [row for row in self.joining if row.missing_layers < row.layer_count]
         return started[: max(0, self._max_batch - len(self.running))]
 
-    def run_pass(self) -> list[tuple[DecodeRow, DecodeEvent]]:
-        """Advance everybody that can; what is to be told, in order. Rows that have ended are out of the batch."""
-        joiners = self._eligible()
-        batch = _Batch(self._model, self.running)
-        first = 0 if self.running else min((row.next_layer for row in joiners), default=0)
-        for layer in range(first, self._model.layer_count):
-            batch.enter([row for row in joiners if row.next_layer == layer and row.can_run(layer)])
-            if batch.rows:
-                batch.run(layer)
-                batch.leave([row for row in joiners if row.next_layer == layer + 1 and not _can_go_on(row, layer + 1)])
-        return self._sample(batch) if batch.rows else []
+    def run_pass(self) -> Iterator[Told]:
+        """Advance everybody that can. Rows that have ended or failed are out of the batch.
 
-    def _sample(self, batch: _Batch) -> list[tuple[DecodeRow, DecodeEvent]]:
+        Yields between two layers, and at the end what is to be told. At each yield the caller may `join` and `discard`;
+        the other rows go on in the same pass. An error of one row's sampling fails that row. Any other error fails the
+        rows that are in the pass at that time, and ends it: joiners that wait outside for a layer go on in the next.
+        """
+        batch = self._pass = _Batch(self._model)
+        told: Told = []
+        try:
+            batch.enter(self.running)
+            joining = (row.next_layer for row in self._eligible())
+            for layer in range(0 if self.running else min(joining, default=0), self._model.layer_count):
+                self._run_layer(batch, layer)
+                yield []
+            if batch.rows:
+                told = self._sample(batch)
+        except Exception as error:  # whatever torch raises: these requests have failed, the engine goes on
+            failure = EngineError(f"a decode step failed: {error}")
+            told = [(row, failure) for row in batch.rows]
+            for row in batch.rows:
+                self._forget(row)
+        finally:
+            self._pass = None
+        yield told
+
+    def _run_layer(self, batch: _Batch, layer: int) -> None:
+        batch.enter([row for row in self._eligible() if row.next_layer == layer and row.can_run(layer)])
+        if batch.rows:
+            batch.run(layer)
+            batch.leave([row for row in batch.rows if row.next_layer == layer + 1 and not _can_go_on(row, layer + 1)])
+
+    def _sample(self, batch: _Batch) -> Told:
         logits = self._model.logits(batch.hidden).numpy()
         draws = [Draw(row.params, row.output_tokens, row.seed, row.eos_token_ids) for row in batch.rows]
-        events: list[tuple[DecodeRow, DecodeEvent]] = []
+        told: Told = []
         now = time.monotonic()
-        for row, token in zip(list(batch.rows), sample(logits, draws), strict=True):
+        for row, token in zip(batch.rows, sample(logits, draws), strict=True):
+            if isinstance(token, Exception):
+                self._forget(row)
+                told.append((row, token))
+                continue
             if row in self.joining:
                 self.joining.remove(row)
                 self.running.append(row)
                 row.hidden = None
-                events.append((row, _timeline(row)))
-            events.extend((row, event) for event in self._advance(row, token, now))
-        return events
+                told.append((row, _timeline(row)))
+            told.extend((row, event) for event in self._advance(row, token, now))
+        return told
 
     def _advance(self, row: DecodeRow, token: int, now: float) -> Iterable[DecodeEvent]:
         if is_stop(token, row.params, row.eos_token_ids):
@@ -163,14 +199,10 @@ def _timeline(row: DecodeRow) -> DecodeTimeline:
 class _Batch:
     """The rows that are in the pass at its present layer, and their tensors."""
 
-    def __init__(self, model: LayerwiseModel, rows: list[DecodeRow]) -> None:
+    def __init__(self, model: LayerwiseModel) -> None:
         self._model = model
-        self._running = len(rows)
-        self.rows = list(rows)
+        self.rows: list[DecodeRow] = []
         self.hidden: torch.Tensor = torch.empty(0)
-        if rows:
-            self.hidden = model.embed(torch.tensor([[row.token] for row in rows]))
-            self._arrange()
 
     def _arrange(self) -> None:
         """After a change of rows: positions, rotary embeddings and KV of the new composition."""
@@ -184,20 +216,24 @@ class _Batch:
         entering = [row for row in rows if row not in self.rows]
         if not entering:
             return
-        hiddens = [
-            self._model.embed(torch.tensor([[row.token]])) if row.hidden is None else row.hidden for row in entering
-        ]
-        self.hidden = torch.cat(([self.hidden] if self.rows else []) + hiddens)
-        self.rows += entering
+        fresh = [row for row in entering if row.hidden is None]
+        paused = [row for row in entering if row.hidden is not None]
+        hiddens = [self.hidden] if self.rows else []
+        self.rows += fresh + paused  # first: what goes wrong from here on goes wrong for them too
+        if fresh:
+            hiddens.append(self._model.embed(torch.tensor([[row.token] for row in fresh])))
+        hiddens += [row.hidden for row in paused if row.hidden is not None]
+        self.hidden = torch.cat(hiddens)
         self._arrange()
 
     def run(self, layer: int) -> None:
         now = time.monotonic()
         self.hidden = self._model.run_layer(layer, self.hidden, self._positions, self._rotary, self._cache)
         self._cache.store_states()
-        for row in self.rows[self._running :]:
-            row.used_s.append(now)
-            row.next_layer = layer + 1
+        for row in self.rows:
+            if row.next_layer == layer:  # a joiner: those that run have all layers behind them
+                row.used_s.append(now)
+                row.next_layer = layer + 1
 
     def leave(self, rows: Sequence[DecodeRow]) -> None:
         """Each keeps its hidden state. Rows that are not in are ignored."""

@@ -31,13 +31,16 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._desk: Desk | None = None
-        self._dead = ""
-        """Why nothing can be computed any more."""
+        self._failure: str | None = None
         self._lives: set[PrefillLife | DecodeLife] = set()
 
     @property
     def info(self) -> EngineInfo:
         return self._ready().info
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -67,9 +70,9 @@ class TransformersEngine:
             await desk.stepper.stop()
 
     def _died(self, error: Exception) -> None:
-        self._dead = f"the engine has stopped computing ({error or type(error).__name__}); restart this node"
+        self._failure = f"the engine has stopped computing ({error or type(error).__name__}); restart this node"
         for life in list(self._lives):
-            life.stream.fail(EngineError(self._dead))
+            life.stream.fail(EngineError(self._failure))
 
     def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> EventStream[PrefillEvent]:
         life = PrefillLife(self._alive(), request, transfers)
@@ -98,8 +101,8 @@ class TransformersEngine:
         return self._desk
 
     def _alive(self) -> Desk:
-        if self._dead:
-            raise EngineError(self._dead)
+        if self._failure is not None:
+            raise EngineError(self._failure)
         return self._ready()
 
     def _keep(self, life: PrefillLife | DecodeLife) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,8 +72,8 @@ class Outbox:
 @dataclass(eq=False, slots=True)
 class PrefillJob:
     """Tokens [0, end) of a prompt. Belongs to the worker, except `abandoned`, which anyone may set: computing stops
-    before the next layer. On the loop's thread run on_step(tokens computed so far, of them in this step, its seconds)
-    and on_end(None = all is computed)."""
+    before the next layer, and from then on nothing reads or writes `kv`. On the loop's thread run on_step(tokens
+    computed so far, of them in this step, its seconds) and on_end(None = all is computed)."""
 
     token_ids: Sequence[int]
     end: int
@@ -106,8 +106,9 @@ class PrefillJob:
         }
 
 
-def run_step(model: LayerwiseModel, job: PrefillJob, step_tokens: int) -> bool:
-    """Compute the next tokens of the job, at most `step_tokens`. False: it was abandoned between two layers."""
+def run_step(model: LayerwiseModel, job: PrefillJob, step_tokens: int) -> Iterator[None]:
+    """Compute the next tokens of the job, at most `step_tokens`. Yields before each layer; at each yield the job may be
+    abandoned, and then (`should_stop`) this ends without touching its KV again."""
     start, end = job.computed_tokens, min(job.computed_tokens + step_tokens, job.end)
     last = end == job.end
     if start == 0:
@@ -118,8 +119,9 @@ def run_step(model: LayerwiseModel, job: PrefillJob, step_tokens: int) -> bool:
     rotary = model.rotary(hidden, positions)
     cache = PrefillCache(job.kv, start, end)
     for layer in range(model.layer_count):
+        yield
         if job.should_stop:
-            return False
+            return
         hidden = model.run_layer(layer, hidden, positions, rotary, cache)
         job.computed_s[layer] = time.monotonic()
         if job.outbox is not None:
@@ -129,4 +131,3 @@ def run_step(model: LayerwiseModel, job: PrefillJob, step_tokens: int) -> bool:
         job.ended_s = time.monotonic()
         if job.outbox is not None:
             job.outbox.finish(job.timings)
-    return True

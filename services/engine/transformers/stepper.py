@@ -1,6 +1,6 @@
 """The one thread that computes. It takes turns: a pass of the decode batch, a step of one prefill, and again.
 
-The loop talks to it by commands, carried out between two steps, and by `wake` (something has arrived); it talks to the
+The loop talks to it by commands, carried out between two layers, and by `wake` (something has arrived); it talks to the
 loop by `call_soon_threadsafe`. With nothing to do it sleeps.
 """
 
@@ -10,14 +10,14 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from prfaas.common import log
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import EngineError
-from prfaas.services.engine.api import DecodeEvent
-from prfaas.services.engine.transformers.decode import DecodeRow, SlipstreamBatch
+from prfaas.services.engine.transformers.decode import DecodeRow, SlipstreamBatch, Told
 from prfaas.services.engine.transformers.families import LayerwiseModel
 from prfaas.services.engine.transformers.prefill import PrefillJob, run_step
 from prfaas.services.engine.transformers.prefill_queue import TurnOrder
@@ -60,7 +60,9 @@ class Stepper:
         self._submit(lambda: self._batch.join(row))
 
     async def remove(self, job: PrefillJob | None, row: DecodeRow | None) -> None:
-        """When it returns the thread doesn't know them any more, and none of their callbacks is on its way."""
+        """When it returns the thread doesn't know them any more, their KV is nobody's but the caller's, and none of
+        their callbacks is on its way. That takes a layer's time, whatever the thread computes; a pass or a step of
+        others goes on. If the caller is cancelled meanwhile, they are removed all the same, a layer's time later."""
         gone = self._loop.create_future()
 
         def drop() -> None:
@@ -131,12 +133,15 @@ class Stepper:
                 if self._stopping:
                     return False
                 self._woken = False
-                commands = list(self._inbox)
-                self._inbox.clear()
-            for command in commands:
-                command()
+            self._carry_out()
             if self._has_work:
                 return True
+
+    def _carry_out(self) -> None:
+        """What the loop has submitted. Between two layers nearly always nothing: that look takes no lock, and a deque
+        needs none for its one reader. An exception here is a bug of ours, and the thread's death."""
+        while self._inbox:
+            self._inbox.popleft()()
 
     @property
     def _has_work(self) -> bool:
@@ -146,28 +151,22 @@ class Stepper:
         self._loop.call_soon_threadsafe(callback)
 
     def _decode_pass(self) -> None:
-        try:
-            events: list[tuple[DecodeRow, DecodeEvent | Exception]] = [*self._batch.run_pass()]
-        except Exception as error:  # whatever torch raises: these requests have failed, the engine goes on
-            failure = EngineError(f"a decode step failed: {error}")
-            rows = [*self._batch.running, *self._batch.joining]
-            events = [(row, failure) for row in rows]
-            for row in rows:
-                self._batch.discard(row)
-        if events:
-            self._post(lambda: _emit(events))
+        for told in self._batch.run_pass():
+            if told:
+                self._post(partial(_emit, told))
+            self._carry_out()
 
     def _prefill_step(self, job: PrefillJob) -> None:
         busy = self._batch.is_busy
         step_tokens = self._config.local_prefill_step_tokens if busy else self._config.prefill_step_tokens
-        failure: Exception | None = None
+        failure: EngineError | None = None
         before, started_s = job.computed_tokens, time.monotonic()
-        try:
-            if not run_step(self._model, job, min(step_tokens, self._config.prefill_step_tokens)):
-                self._prefills.discard(job)
-                return
-        except Exception as error:  # as above
-            failure = EngineError(f"a prefill step failed: {error}")
+        for ended_by in _failing(run_step(self._model, job, min(step_tokens, self._config.prefill_step_tokens))):
+            failure = ended_by
+            self._carry_out()
+        if job.should_stop:
+            self._prefills.discard(job)
+            return
         if failure is None:
             after, duration_s = job.computed_tokens, time.monotonic() - started_s
             self._post(lambda: job.on_step(after, after - before, duration_s))
@@ -176,6 +175,15 @@ class Stepper:
             self._post(lambda: job.on_end(failure))
 
 
-def _emit(events: list[tuple[DecodeRow, DecodeEvent | Exception]]) -> None:
-    for row, event in events:
+def _failing(layers: Iterator[None]) -> Iterator[EngineError | None]:
+    """`layers`, and behind them the failure that ended them, if one did. Unlike a `try` around the loop, this leaves
+    alone what the loop's body raises."""
+    try:
+        yield from layers
+    except Exception as error:  # whatever torch raises: this request has failed, the engine goes on
+        yield EngineError(f"a prefill step failed: {error}")
+
+
+def _emit(told: Told) -> None:
+    for row, event in told:
         row.emit(event)

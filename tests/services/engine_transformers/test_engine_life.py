@@ -540,10 +540,12 @@ async def test_a_dead_thread_fails_everybody_at_once(engine: Any, monkeypatch: p
     events = engine.decode(request(n=3000), [])
     async with asyncio.timeout(WAIT_S):
         await anext(events)
+        assert engine.failure is None
         monkeypatch.setattr(stepper._prefills, "next", bug)
         with pytest.raises(EngineError, match="a bug"):
             async for _ in events:
                 pass
         await events.aclose()
+    assert "a bug" in engine.failure
     with pytest.raises(EngineError, match="restart this node"):
         engine.decode(request(), [])

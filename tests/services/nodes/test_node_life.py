@@ -186,6 +186,27 @@ async def test_a_draining_node_takes_nothing_new(cluster: Any, router: Any, make
     await asyncio.wait_for(draining, 10)
 
 
+async def test_a_node_whose_engine_has_failed_takes_nothing_new(cluster: Any, router: Any, make_call: Any) -> None:
+    """The next heartbeat tells the routers to choose others; until they know, calls of either role are refused with
+    Retry-After before their stream begins; /readyz says why."""
+    decode, prefill = await cluster.node("decode"), await cluster.node("prefill")
+    call = make_call(b"a prompt")
+    _, ticket = await cluster.decode(decode, call)
+    for node in (decode, prefill):
+        node.engine.failure = "the engine has stopped computing (a bug); restart this node"
+        await router.saw(lambda b, name=node.name: b.node == name and b.draining)
+        async with cluster.session.get(f"{node.url}/readyz") as response:
+            assert response.status == 503
+            assert (await response.json())["reason"] == node.engine.failure
+    refused = [
+        await cluster.post(decode.url, "decode", make_call(b"new", local_prefill=True)),
+        await cluster.prefill(prefill, decode, call, ticket),
+    ]
+    for answer in refused:
+        assert answer.status == 503
+        assert answer.response.headers["retry-after"]
+
+
 async def test_what_outlives_the_drain_is_cancelled(cluster: Any, make_call: Any) -> None:
     node = await cluster.node("decode", **SLOW)
     await cluster.decode(node, make_call(b"endless", max_output_tokens=5000, local_prefill=True))
