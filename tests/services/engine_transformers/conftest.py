@@ -1,7 +1,7 @@
 """A transfer within one process, and engines on top of it.
 
-`Loopback` is not the transport: it copies pieces at once and lets a test decide when layers are announced. The engines
-run on the real transport in test_over_transport.py.
+`Loopback` is not the transport: it copies pieces at once and lets a test decide when layers are announced. `Regions`
+is: two KV endpoints over TCP, and a ticket for each request.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prfaas.common.config import EngineConfig
+from prfaas.common.config import EngineConfig, TransportConfig
 from prfaas.common.errors import NoRoomError, TransferCancelledError
 from prfaas.common.kv_layout import WHOLE, KvLayout, Shard, TokenRange
-from prfaas.services.engine.api import DecodeRequest, PrefillRequest, SamplingParams, TokenEvent
+from prfaas.services.engine.api import DecodeRequest, PrefillDone, PrefillRequest, SamplingParams, TokenEvent
 from prfaas.services.engine.transformers.engine import TransformersEngine
-from prfaas.transport.api import KvDestination, KvPiece, Reserve, TransferReport, TransferSpec
+from prfaas.transport.api import KvDestination, KvPiece, KvReceiver, Reserve, TransferReport, TransferSpec
+from prfaas.transport.endpoint import KvEndpoint
+from prfaas.transport.lanes.memory import MemoryNetwork
 
 torch.set_num_threads(1)
 
@@ -183,6 +186,80 @@ class Pair:
         return answer
 
 
+@dataclass
+class Journey:
+    """One request through both regions: what decode said, what prefill said last, the transfer's receiving half."""
+
+    answer: Answer
+    done: PrefillDone
+    receiver: KvReceiver
+
+
+class Regions:
+    """A prefill engine and a decode engine, each with its KV endpoint. Requests may run at the same time."""
+
+    def __init__(self, prefill: TransformersEngine, decode: TransformersEngine, ends: Sequence[KvEndpoint]) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self._sending, self._receiving = ends
+        self._requests = 0
+
+    async def generate(self, prompt: Sequence[int], max_output_tokens: int) -> Journey:
+        """Greedy. The prompt has two tokens at least: one needs no prefill."""
+        self._requests += 1
+        spec = transfer_spec(
+            self.decode,
+            len(prompt),
+            max_output_tokens,
+            transfer_id=f"{self._requests:032x}",
+            request_id=f"r{self._requests}",
+        )
+        ticket, receiver = self._receiving.receiver(spec)
+        request = DecodeRequest(spec.request_id, prompt, max_output_tokens, GREEDY)
+        decoding = self.decode.decode(request, [receiver])
+        sender = self._sending.sender(ticket, "decode", self._receiving.addresses)
+        prefilling = asyncio.ensure_future(
+            collect(self.prefill.prefill(PrefillRequest(spec.request_id, prompt), [sender]))
+        )
+        answer = await collect(decoding)
+        done = (await prefilling).events[-1]
+        assert isinstance(done, PrefillDone)
+        assert done.reports[0].raw_bytes == self.decode.info.layout.total_bytes(spec.tokens)
+        return Journey(answer, done, receiver)
+
+
+@asynccontextmanager
+async def regions(
+    transport: TransportConfig, backend: MemoryNetwork | None = None, **settings: Any
+) -> AsyncIterator[Regions]:
+    """Two engines with the same settings, joined over TCP on loopback, or over a backend's lanes. Afterwards all memory
+    of both must have come back."""
+    prefill, decode = await started(**settings), await started(**settings)
+    ends = [
+        KvEndpoint(
+            transport,
+            node=node,
+            layout=engine.info.layout,
+            model_fingerprint=engine.info.model_fingerprint,
+            secret=b"s" * 32,
+            backend=backend,
+        )
+        for node, engine in (("prefill", prefill), ("decode", decode))
+    ]
+    for end in ends:
+        await end.start()
+    ends[0].connect("decode", ends[1].addresses)
+    try:
+        yield Regions(prefill, decode, ends)
+        for engine in (prefill, decode):
+            assert engine.load().free_kv_bytes == engine.info.arena_bytes
+    finally:
+        for end in ends:
+            await end.aclose()
+        await prefill.close()
+        await decode.close()
+
+
 MIB = 1 << 20
 
 
@@ -203,7 +280,13 @@ def toolbox() -> Any:
     import types
 
     return types.SimpleNamespace(
-        Loopback=Loopback, Pair=Pair, collect=collect, transfer_spec=transfer_spec, started=started, GREEDY=GREEDY
+        Loopback=Loopback,
+        Pair=Pair,
+        collect=collect,
+        transfer_spec=transfer_spec,
+        started=started,
+        regions=regions,
+        GREEDY=GREEDY,
     )
 
 

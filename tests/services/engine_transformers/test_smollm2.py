@@ -1,16 +1,25 @@
-"""The real model, in float32: greedy output over two engines equals `generate`'s, token for token."""
+"""The real model, in float32, over two regions: greedy output equals `generate`'s, token for token."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import torch
+from prfaas.common.config import TransportConfig
+from prfaas.services.engine.api import DecodeRequest
 
-pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),  # the engines are loaded once
+]
 
 # One token to 4,000, and around the step of 512; shorter output for long prompts, for the time it takes.
 CASES = [(1, 24), (2, 24), (17, 24), (64, 24), (130, 16), (300, 16), (512, 16), (513, 16), (1030, 8), (4000, 8)]
@@ -34,35 +43,62 @@ def prompts(smollm2_dir: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
-    from transformers import AutoModelForCausalLM
+def expected(smollm2_dir: Path, prompts: list[list[int]]) -> Iterator[Future[list[list[int]]]]:
+    """Computed once, in a thread beside the engines: half a minute on a second core."""
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
-    answers = []
-    for prompt, (_, output_tokens) in zip(prompts, CASES, strict=True):
-        output = model.generate(
-            torch.tensor([prompt]), max_new_tokens=output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
+    def generate() -> list[list[int]]:
+        from transformers import AutoModelForCausalLM
 
+        torch.set_num_threads(1)
+        model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+        answers = []
+        for prompt, (_, output_tokens) in zip(prompts, CASES, strict=True):
+            output = model.generate(
+                torch.tensor([prompt]), max_new_tokens=output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+            )
+            answers.append(output[0, len(prompt) :].tolist())
+        return answers
 
-@pytest.fixture
-async def pair(smollm2_dir: Path, toolbox: Any) -> AsyncIterator[Any]:
-    settings = {"model": str(smollm2_dir), "arena_bytes": 640 * MIB}
-    pair = toolbox.Pair(await toolbox.started(**settings), await toolbox.started(**settings))
-    yield pair
-    await pair.prefill.close()
-    await pair.decode.close()
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(generate)
 
 
-async def test_ten_prompts(pair: Any, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """One after the other, then the eight shortest at once, in a batch whose members come and go."""
-    free = pair.decode.load().free_kv_bytes
-    for prompt, (length, output_tokens), tokens in zip(prompts, CASES, expected, strict=True):
-        assert (await pair.generate(prompt, output_tokens)).token_ids == tokens, f"{length} tokens"
-    at_once = await asyncio.gather(
-        *(pair.generate(prompt, output_tokens) for prompt, (_, output_tokens) in zip(prompts[:8], CASES, strict=False))
-    )
-    assert [answer.token_ids for answer in at_once] == expected[:8]
-    assert pair.decode.load().free_kv_bytes == free
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def regions(smollm2_dir: Path, toolbox: Any) -> AsyncIterator[Any]:
+    """The node's own settings of the transport, over TCP."""
+    transport = TransportConfig(bind="127.0.0.1:0")
+    async with toolbox.regions(transport, model=str(smollm2_dir), arena_bytes=640 * MIB) as regions:
+        yield regions
+
+
+async def tokens_of(regions: Any, toolbox: Any, prompt: list[int], output_tokens: int) -> list[int]:
+    if len(prompt) == 1:  # nothing to prefill, as the decode node's handler has it
+        request = DecodeRequest("r", prompt, output_tokens, toolbox.GREEDY)
+        return list((await toolbox.collect(regions.decode.decode(request, []))).token_ids)
+    return list((await regions.generate(prompt, output_tokens)).answer.token_ids)
+
+
+async def test_alone(regions: Any, toolbox: Any, prompts: list[list[int]], expected: Future[list[list[int]]]) -> None:
+    """Ten prompts, one after the other."""
+    found = [
+        await tokens_of(regions, toolbox, prompt, output_tokens)
+        for prompt, (_, output_tokens) in zip(prompts, CASES, strict=True)
+    ]
+    for (length, _), tokens, right in zip(CASES, found, await asyncio.wrap_future(expected), strict=True):
+        assert tokens == right, f"{length} tokens"
+
+
+async def test_eight_at_once(
+    regions: Any, toolbox: Any, prompts: list[list[int]], expected: Future[list[list[int]]]
+) -> None:
+    """The same ten, eight at any time, the longest among them from the beginning: the ninth begins when one ends."""
+    slots = asyncio.Semaphore(8)
+
+    async def one(prompt: list[int], output_tokens: int) -> list[int]:
+        async with slots:
+            return await tokens_of(regions, toolbox, prompt, output_tokens)
+
+    requests = [one(prompt, output_tokens) for prompt, (_, output_tokens) in zip(prompts, CASES, strict=True)]
+    found = (await asyncio.gather(*reversed(requests)))[::-1]
+    for (length, _), tokens, right in zip(CASES, found, await asyncio.wrap_future(expected), strict=True):
+        assert tokens == right, f"{length} tokens"
