@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union
 
 from prfaas.common.errors import ConfigError
+from prfaas.common.kv_layout import TensorKind
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -54,6 +55,25 @@ def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]
 
 def _each(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     return lambda values: next((f"{v!r} {problem}" for v in values if (problem := check(v))), None)
+
+
+LOSSY_CODECS = ("int8", "fp8", "int4")
+
+
+def parse_lossy(value: str) -> tuple[TensorKind, str]:
+    """`kind=codec` → what `transport.lossy` allows. Raises ValueError."""
+    kind, _, codec = value.partition("=")
+    if kind not in tuple(TensorKind) or codec not in LOSSY_CODECS:
+        raise ValueError(f"must be <{'|'.join(TensorKind)}>=<{'|'.join(LOSSY_CODECS)}>")
+    return TensorKind(kind), codec
+
+
+def _lossy(value: str) -> str | None:
+    try:
+        parse_lossy(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def parse_address(value: str) -> tuple[str, int]:
@@ -131,12 +151,28 @@ class TransportConfig:
     advertise: str = setting(
         "", "host:port under which other nodes dial the KV port; empty = bind", _optional(_address)
     )
-    lanes: int = setting(4, "connections a session", _between(1, 64))
+    lanes: int = setting(4, "connections a session; 0 = as many as the measured bandwidth needs", _between(0, 64))
+    max_lanes: int = setting(8, "most connections a session where transport.lanes is 0", _between(1, 64))
+    dial: Literal["sender", "receiver"] = setting(
+        "sender", "which side opens sessions: the node that sends KV, or (behind NAT) the one that receives it"
+    )
+    backend: Literal["tcp", "ucx"] = setting(
+        "tcp", "what carries KV: tcp, or ucx (RDMA) where both ends of a session have it, else tcp"
+    )
     chunk_bytes: int = setting(MIB, "largest chunk before the codec", _between(4096, 16 * MIB))
     codec: Literal["raw", "lz4", "zstd"] = setting("raw", "how chunks are compressed on the wire")
+    lossy: tuple[str, ...] = setting(
+        (),
+        "lossy codecs that are allowed, kind=codec: key, value, latent, conv or recurrent = int8, fp8 or int4",
+        _each(_lossy),
+    )
     codec_threads: int = setting(1, "threads that encode and decode", _between(1, 64))
     congestion_control: str = setting(
         "cubic", "TCP_CONGESTION of every lane: cubic inside a region, bbr over a WAN; empty = the kernel's default"
+    )
+    egress_bytes_per_s: float = setting(0.0, "cap on what all sessions together send; 0 = none", _between(0, 1e12))
+    resume_s: float = setting(
+        10.0, "how long a transfer waits for a new lane when all to the peer are lost", _between(0, 3600)
     )
     socket_buffer_bytes: int = setting(0, "SO_SNDBUF and SO_RCVBUF of lanes; 0 = the kernel's", _between(0, 1 << 30))
     credit_bytes: int = setting(64 * MIB, "bytes in flight that a receiver grants a transfer", _between(65536, 1 << 34))

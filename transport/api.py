@@ -67,6 +67,23 @@ class LinkClock:
     rtt_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class LinkEstimate:
+    """What a session has measured of its way to the peer, of all lanes together, in the sending direction."""
+
+    bandwidth_bytes_per_s: float
+    """Payload on the wire while there was enough to send; 0.0 until known."""
+    rtt_s: float
+    """Smoothed, of PINGs and acknowledgements; 0.0 until known."""
+    min_rtt_s: float
+    loss: float
+    """Share of the bytes that had to be sent again, lately."""
+    utilisation: float
+    """Share of the bandwidth that is in use now, 0 to 1."""
+    queued_bytes: int
+    """Ready to be sent, and not acknowledged yet."""
+
+
 @dataclass(slots=True)
 class TransferReport:
     """What one side knows of a transfer; instants are seconds of this process's monotonic clock."""

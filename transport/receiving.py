@@ -23,7 +23,7 @@ from prfaas.common.errors import (
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvDestination, Reserve, TransferReport, TransferSpec
-from prfaas.transport.codecs.api import Codec, CodecError
+from prfaas.transport.codecs.api import ChunkForm, Codec, CodecError, form_of
 from prfaas.transport.codecs.registry import CODECS
 from prfaas.transport.connection import ChunkArrived
 from prfaas.transport.frames import (
@@ -205,10 +205,10 @@ class TransferReceiver:
         return row[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]
 
     def _decode(self, channel: Channel, chunk: FrameHeader, wire: memoryview) -> None:
-        dtype = self.layout.layers[chunk.layer].tensors[chunk.tensor].dtype
+        form = form_of(self.layout.layers[chunk.layer].tensors[chunk.tensor])
         self._decoding += 1
         job = self._loop.run_in_executor(
-            self._executor, decode_chunk, CODECS[chunk.codec], wire, self._target(chunk), dtype, chunk
+            self._executor, decode_chunk, CODECS[chunk.codec], wire, self._target(chunk), form, chunk
         )
         job.add_done_callback(partial(self._decode_done, channel, chunk, wire))
 
@@ -316,10 +316,11 @@ class TransferReceiver:
             self._deadline.cancel()
 
 
-def decode_chunk(codec: Codec, wire: memoryview, out: memoryview, dtype: str, chunk: FrameHeader) -> bool:
+def decode_chunk(codec: Codec, wire: memoryview, out: memoryview, form: ChunkForm, chunk: FrameHeader) -> bool:
     """In a thread. False: the bytes are not what the sender hashed."""
     try:
-        codec.decode(wire, out, dtype)
+        codec.decode(wire, out, form)
     except CodecError:
         return False
-    return chunk_checksum(out, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum
+    hashed = out if codec.lossless else wire
+    return chunk_checksum(hashed, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum

@@ -20,7 +20,7 @@ from prfaas.common.metrics import TransportMetrics
 from prfaas.transport.api import LinkClock
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.clock import ClockEstimator
-from prfaas.transport.codecs.api import Codec
+from prfaas.transport.codecs.api import ChunkForm, Codec, form_of
 from prfaas.transport.codecs.registry import codec_by_name
 from prfaas.transport.connection import ChunkArrived, Control, Event
 from prfaas.transport.frames import (
@@ -343,10 +343,10 @@ class Session:
                 return
             sender, cut = found
             assert self._codec is not None
-            dtype = sender.layout.layers[cut.layer].tensors[cut.tensor].dtype
+            form = form_of(sender.layout.layers[cut.layer].tensors[cut.tensor])
             self._encoding += 1
             sender.begin_read()
-            job = self._loop.run_in_executor(self._executor, encode_chunk, self._codec, cut, dtype, sender.number)
+            job = self._loop.run_in_executor(self._executor, encode_chunk, self._codec, cut, form, sender.number)
             job.add_done_callback(partial(self._encode_done, sender, cut))
 
     def _encode_done(self, sender: TransferSender, cut: Cut, job: asyncio.Future[tuple[bytes, memoryview]]) -> None:
@@ -469,11 +469,11 @@ class Session:
             channel.send(Ack(chunks=good, damaged=bad), number, FROM_RECEIVER)
 
 
-def encode_chunk(codec: Codec, cut: Cut, dtype: str, transfer: int) -> tuple[bytes, memoryview]:
+def encode_chunk(codec: Codec, cut: Cut, form: ChunkForm, transfer: int) -> tuple[bytes, memoryview]:
     """In a thread: (header, payload). A chunk that doesn't shrink goes raw, from the engine's memory."""
-    checksum = chunk_checksum(cut.data, *cut.place)
-    wire = codec.encode(cut.data, dtype)
+    wire = codec.encode(cut.data, form)
     payload = cut.data if wire is None else memoryview(wire)
     number = RAW if wire is None else codec.number
+    checksum = chunk_checksum(cut.data if codec.lossless else payload, *cut.place)
     header = encode_chunk_header(transfer, cut.sequence, cut.place, len(cut.data), len(payload), number, checksum)
     return header, payload

@@ -1,25 +1,20 @@
-"""Arena, clock, tickets, handshake and codecs."""
+"""Arena, clock, tickets and handshake."""
 
 from __future__ import annotations
 
 import base64
 import math
-import random
 
-import lz4.block
 import msgspec
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prfaas.common.auth import NonceWindow
 from prfaas.common.errors import PeerRefusedError, TicketError
-from prfaas.common.kv_layout import DTYPE_BYTES, Shard, TokenRange
+from prfaas.common.kv_layout import Shard, TokenRange
 from prfaas.transport.api import TransferSpec
 from prfaas.transport.arena import Allocator, Arena
 from prfaas.transport.clock import ClockEstimator
-from prfaas.transport.codecs.api import CodecError
-from prfaas.transport.codecs.registry import CODECS, codec_by_name
 from prfaas.transport.frames import Hello
 from prfaas.transport.handshake import check_hello, signed
 from prfaas.transport.ticket import TicketBook, read_claims
@@ -234,56 +229,3 @@ def test_an_unsigned_or_altered_hello_is_refused(hello: Hello) -> None:
     """No MAC, another secret's, or one field changed."""
     with pytest.raises(PeerRefusedError, match="secret"):
         check(hello)
-
-
-# -- codecs -----------------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.sampled_from(sorted(CODECS)),
-    st.sampled_from(sorted(DTYPE_BYTES)),
-    st.binary(min_size=1, max_size=300),
-    st.integers(1, 40),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_codec_gives_back_every_byte_or_says_that_it_does_not_shrink(
-    number: int, dtype: str, data: bytes, repeat: int
-) -> None:
-    """Any length, whole elements or not."""
-    codec, source = CODECS[number], memoryview(data * repeat)
-    wire = codec.encode(source, dtype)
-    if wire is not None:
-        assert len(wire) < len(source)
-        out = bytearray(len(source))
-        codec.decode(memoryview(wire), memoryview(out), dtype)
-        assert out == source
-
-
-@pytest.mark.parametrize("number", sorted(CODECS))
-def test_floats_shrink_and_noise_does_not(number: int) -> None:
-    """The plane transform is there: bfloat16 near 1.0 shrinks, random bytes are left alone."""
-    rng = random.Random(0)
-    floats = b"".join((0x3F80 + rng.randrange(128) | rng.randrange(2) << 15).to_bytes(2, "little") for _ in range(5000))
-    wire = CODECS[number].encode(memoryview(floats), "bfloat16")
-    assert wire is not None
-    assert len(wire) < 0.6 * len(floats)
-    assert CODECS[number].encode(memoryview(rng.randbytes(5000)), "bfloat16") is None
-
-
-@pytest.mark.parametrize("name", ["lz4", "zstd"])
-@pytest.mark.parametrize("size", [1, 100, 5000, 1 << 24])
-def test_a_bomb_makes_no_more_than_was_announced(name: str, size: int) -> None:
-    """What decodes to more (or less) than the header says, and what doesn't decode at all, is an error."""
-    codec = codec_by_name(name)
-    assert codec is not None
-    zeros = bytes(size)
-    wire = lz4.block.compress(zeros, store_size=False) if name == "lz4" else zstandard.compress(zeros)
-    out = memoryview(bytearray(3000))
-    for data in (wire, b"\xff" * 50):
-        with pytest.raises(CodecError):
-            codec.decode(memoryview(data), out, "bfloat16")
-
-
-def test_raw_is_no_codec() -> None:
-    """Its bytes are not copied, so there is nothing to call."""
-    assert codec_by_name("raw") is None

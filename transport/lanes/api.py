@@ -7,9 +7,35 @@ its destination without a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSample:
+    """What the network below a lane says of it at one moment (TCP_INFO); cumulative unless said."""
+
+    rtt_s: float
+    """Smoothed, now."""
+    min_rtt_s: float
+    delivery_bytes_per_s: float
+    """Of the last acknowledged flight, now."""
+    app_limited: bool
+    """That flight was short of data, not of bandwidth: the rate is a lower bound."""
+    sent_bytes: int
+    """First transmissions and retransmissions."""
+    retransmitted_bytes: int
+    acknowledged_bytes: int
+    in_flight_bytes: int
+    """Now."""
+    queued_bytes: int
+    """Now: taken by the kernel, not yet sent."""
+    busy_s: float
+    """Time with anything to send; of it, limited by the receiver's window, and by our send buffer:"""
+    receive_limited_s: float
+    send_limited_s: float
 
 
 class LaneHandler(Protocol):
@@ -43,6 +69,10 @@ class Lane(Protocol):
     @property
     def unsent_bytes(self) -> int:
         """Accepted by `write` but not yet handed to the network."""
+        ...
+
+    def sample(self) -> LaneSample | None:
+        """None where the network below tells nothing."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import cast
 
 from prfaas.common.config import TransportConfig
 from prfaas.common.log import get_logger
-from prfaas.transport.lanes.api import Buffer, LaneHandler, Listener
+from prfaas.transport.lanes.api import Buffer, LaneHandler, LaneSample, Listener
 
 USER_TIMEOUT_S = 10.0
 """The kernel gives up on a peer that acknowledges nothing for so long (a partition)."""
@@ -115,6 +115,9 @@ class TcpLane(asyncio.BufferedProtocol):
     @property
     def unsent_bytes(self) -> int:
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def sample(self) -> LaneSample | None:
+        return None
 
     def close(self) -> None:
         if self._transport is not None:
