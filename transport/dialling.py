@@ -133,9 +133,19 @@ class Dialler:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def session_empty(self) -> None:
-        """All lanes are gone: what the peer still holds of the session is void, so the next lanes begin a new one."""
+    def session_ended(self) -> None:
+        """What the peer still holds of the session is void, so the next lanes begin a new one."""
         self.session.id = self._new_session_id()
+
+    # -- Link
+
+    @property
+    def peer(self) -> str:
+        return self.session.peer
+
+    async def usable(self) -> Session:
+        await self.session.wait_usable()
+        return self.session
 
     async def _keep(self, index: int) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -180,7 +190,7 @@ class Dialler:
         channel = Channel(greeting, self._now, session.peer)
         channel.index = index
         address = self.address
-        hello = self._hello(session, index, session.usable)
+        hello = self._hello(session, index, session.established)
         try:
             await self._backend.dial(address.host, address.port, channel)
             channel.send(hello)
