@@ -77,11 +77,19 @@ def _lossy(value: str) -> str | None:
 
 
 def parse_address(value: str) -> tuple[str, int]:
-    """`host:port`, `[v6]:port` → (host, port). Raises ValueError with what it must look like."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):(\d{1,5})", value)
-    if not match or int(match[3]) > 65535:
-        raise ValueError("must look like host:port or [ipv6]:port")
+    """`host:port`, `[v6]:port`, `[v6%interface]:port` → (host, port). Raises ValueError with what it must look like."""
+    match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", value)
+    if not match or int(match[3]) > 65535 or not (match[2] or _is_ipv6(match[1])):
+        raise ValueError("must look like host:port, [ipv6]:port or [ipv6%interface]:port")
     return match[1] or match[2], int(match[3])
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

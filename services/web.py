@@ -477,6 +477,7 @@ class Signer:
             body,
             request.headers,
             time.time(),
+            time.monotonic(),
             self.skew_s,
             self.nonces,
         )

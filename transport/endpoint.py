@@ -360,6 +360,7 @@ class KvEndpoint:
             secret=self._secret,
             model_fingerprint=self._fingerprint,
             now_s=time.time(),
+            monotonic_s=time.monotonic(),
             skew_s=self._skew_s,
             nonces=self._nonces,
             expect_answer_to=expect_answer_to,

@@ -38,16 +38,18 @@ def check_hello(
     secret: bytes,
     model_fingerprint: str,
     now_s: float,
+    monotonic_s: float,
     skew_s: float,
     nonces: NonceWindow,
     expect_answer_to: str | None = None,
     expect_node: str | None = None,
 ) -> None:
-    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock. `expect_answer_to`: our nonce,
-    when this is the answer; `expect_node`: whom we meant to reach."""
+    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock, for the skew; monotonic_s:
+    for how long nonces are kept. `expect_answer_to`: our nonce, when this is the answer; `expect_node`: whom we meant
+    to reach."""
     if hello.answer != (expect_answer_to is not None):
         raise PeerRefusedError("HELLO and its answer are mixed up")
-    _check_mac(hello, secret, now_s, skew_s, nonces, expect_answer_to)
+    _check_mac(hello, secret, now_s, monotonic_s, skew_s, nonces, expect_answer_to)
     if not set(hello.versions) & set(SUPPORTED_VERSIONS):
         raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
@@ -67,7 +69,13 @@ def check_hello(
 
 
 def _check_mac(
-    hello: Hello, secret: bytes, now_s: float, skew_s: float, nonces: NonceWindow, expect_answer_to: str | None
+    hello: Hello,
+    secret: bytes,
+    now_s: float,
+    monotonic_s: float,
+    skew_s: float,
+    nonces: NonceWindow,
+    expect_answer_to: str | None,
 ) -> None:
     if not secret:
         return
@@ -76,5 +84,5 @@ def _check_mac(
         raise PeerRefusedError("HELLO is not signed with this cluster's secret; do both sides have the same?")
     if not abs(now_s - hello.time_s) <= skew_s:
         raise PeerRefusedError(f"HELLO is {now_s - hello.time_s:+.0f} s off this clock; do both machines run NTP?")
-    if not nonces.first_use(hello.nonce, now_s):
-        raise PeerRefusedError("this HELLO was seen before (a replay)")
+    if refusal := nonces.refusal(hello.nonce, hello.time_s, monotonic_s):
+        raise PeerRefusedError(f"this HELLO {refusal}")

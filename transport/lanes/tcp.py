@@ -36,7 +36,10 @@ class TcpBackend:
 class _TcpListener:
     def __init__(self, server: asyncio.Server) -> None:
         self._server = server
-        self.address: tuple[str, int] = server.sockets[0].getsockname()[:2]
+        host, port, *scope = server.sockets[0].getsockname()
+        if scope and scope[1]:  # link-local: without its interface nobody could dial it
+            host = f"{host}%{socket.if_indextoname(scope[1])}"
+        self.address: tuple[str, int] = (host, port)
 
     async def aclose(self) -> None:
         # Not wait_closed(): from Python 3.12 on it waits for every open lane.
