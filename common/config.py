@@ -188,7 +188,7 @@ class TransportConfig:
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """PEM files of this process; all three, or none: then nothing is encrypted. They are read again when they change."""
+    """PEM files of this process; all three, or none (nothing is encrypted). They are read again when they change."""
 
     ca_file: str = setting("", "certificates of the cluster's private CA; no other is trusted")
     cert_file: str = setting("", "this process's certificate: its name is node.name or router.name")

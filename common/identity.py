@@ -36,7 +36,8 @@ class PeerIdentity:
         if name is not None and self.name != name:
             return f"its certificate is {self.name}'s, not {name}'s"
         if not self.roles.intersection(wanted):
-            return f"its certificate allows {self.name} the role {', '.join(sorted(self.roles))}, not {' or '.join(wanted)}"
+            allowed = ", ".join(sorted(self.roles))
+            return f"its certificate allows {self.name} the role {allowed}, not {' or '.join(wanted)}"
         return None
 
 

@@ -11,132 +11,22 @@ import os
 import ssl
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from prfaas.common.config import TlsConfig
 from prfaas.common.errors import ConfigError
 from prfaas.common.identity import NOBODY, ROLES, PeerIdentity, read_identity
 from prfaas.common.log import get_logger
+from prfaas.transport.certificates import read_credentials
 
-MAX_FILE_BYTES = 1 << 20
 MAX_EXPECTATIONS = 10_000
 """Client contexts that are kept, one for each peer that was dialled."""
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2. TLS 1.3's own order begins with AES-256-GCM, which costs a few per cent more than AES-128-GCM; Python
 before 3.15 can't change it."""
-RENEW_S = 14 * 86400.0
-"""A certificate that ends sooner is worth a warning."""
 
 log = get_logger("tls")
-
-
-# -- the files --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """The three files' contents, checked: they fit one another and are valid now."""
-
-    ca_pem: str
-    chain_pem: bytes
-    key_pem: bytes
-    identity: PeerIdentity
-    not_after_s: float
-    """Wall clock."""
-
-
-def read_credentials(config: TlsConfig, now_s: float) -> Credentials:
-    """Raises ConfigError with every problem of the files, each with its mend. now_s: wall clock."""
-    problems: list[str] = []
-
-    def read(key: str, path: str) -> bytes:
-        try:
-            with Path(path).open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            problems.append(f"tls.{key} = {path!r}: {error.strerror}")
-            return b""
-        if len(data) > MAX_FILE_BYTES:
-            problems.append(f"tls.{key} = {path!r} is larger than {MAX_FILE_BYTES} bytes")
-        return data[:MAX_FILE_BYTES]
-
-    ca_pem, chain_pem, key_pem = (read(key, getattr(config, key)) for key in ("ca_file", "cert_file", "key_file"))
-    if problems:
-        raise ConfigError(problems)
-    ca, chain = (
-        _certificates(key, config, pem, problems) for key, pem in (("ca_file", ca_pem), ("cert_file", chain_pem))
-    )
-    try:
-        key = serialization.load_pem_private_key(key_pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        problems.append(f"tls.key_file = {config.key_file!r} holds no private key in PEM without a password")
-    if problems:
-        raise ConfigError(problems)
-    own = chain[0]
-    if _public(own.public_key()) != _public(key.public_key()):
-        problems.append(f"tls.key_file = {config.key_file!r} is not the key of tls.cert_file = {config.cert_file!r}")
-    if not _signed_by(chain, ca):
-        problems.append(f"tls.cert_file = {config.cert_file!r} is not signed by tls.ca_file = {config.ca_file!r}")
-    not_after_s = own.not_valid_after_utc.timestamp()
-    if now_s >= not_after_s:
-        mend = "make a new one: prfaas certs init --force"
-        problems.append(f"tls.cert_file = {config.cert_file!r} expired on {own.not_valid_after_utc:%Y-%m-%d}; {mend}")
-    if now_s < own.not_valid_before_utc.timestamp():
-        since = f"{own.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
-        problems.append(
-            f"tls.cert_file = {config.cert_file!r} is valid from {since} on: is this machine's clock right?"
-        )
-    identity = certificate_identity(own)
-    if not identity.name:
-        problems.append(f"tls.cert_file = {config.cert_file!r} names no node: make it with prfaas certs init")
-    if problems:
-        raise ConfigError(problems)
-    return Credentials(ca_pem.decode("ascii", "replace"), chain_pem, key_pem, identity, not_after_s)
-
-
-def _certificates(key: str, config: TlsConfig, pem: bytes, problems: list[str]) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(pem)
-    except ValueError:
-        problems.append(f"tls.{key} = {getattr(config, key)!r} holds no certificate in PEM")
-        return []
-
-
-def _public(key: Any) -> bytes:
-    encoded: bytes = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return encoded
-
-
-def _signed_by(chain: list[x509.Certificate], ca: list[x509.Certificate]) -> bool:
-    """The first one, by way of the others or directly."""
-    current, between = chain[0], chain[1:]
-    while True:
-        if any(_issued(current, issuer) for issuer in ca):
-            return True
-        if not between or not _issued(current, between[0]):
-            return False
-        current, between = between[0], between[1:]
-
-
-def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
-
-
-def certificate_identity(certificate: x509.Certificate) -> PeerIdentity:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        return NOBODY
-    return read_identity(names.get_values_for_type(x509.UniformResourceIdentifier))
 
 
 def peer_identity(peercert: Mapping[str, Any] | None) -> PeerIdentity | None:

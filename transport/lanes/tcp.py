@@ -89,7 +89,7 @@ class Tuning:
 
 
 class TcpLane(asyncio.BufferedProtocol):
-    """A `Lane`; the loop reads straight into the handler's buffers. `handler()` is called once there is a connection."""
+    """A `Lane`; the loop reads straight into the handler's buffers. `handler()` is called once it is connected."""
 
     peer_identity: PeerIdentity | None = None
     _handler: LaneHandler

@@ -1,6 +1,6 @@
 """Accepting connections over TLS, each with the certificates that are good at that moment.
 
-Not the loop's own `create_server(ssl=...)`: that keeps one context for ever, and says nothing of a handshake that fails.
+Not the loop's own `create_server(ssl=...)`: that keeps one context for ever, and tells nobody that a handshake failed.
 """
 
 from __future__ import annotations
