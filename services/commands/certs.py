@@ -58,9 +58,7 @@ def main(argv: Sequence[str]) -> int:
         help="node.name or router.name; prefill, decode, router or several with +; names or addresses that it has",
     )
     parser.add_argument("--days", type=_days, default=NODE_DAYS, metavar="N", help=f"how long they hold [{NODE_DAYS}]")
-    parser.add_argument(
-        "--ca-days", type=_days, default=CA_DAYS, metavar="N", help=f"the same of a new CA [{CA_DAYS}]"
-    )
+    parser.add_argument("--ca-days", type=_days, default=CA_DAYS, metavar="N", help=f"the same of a new CA [{CA_DAYS}]")
     parser.add_argument("--force", action="store_true", help="replace certificates and keys of these nodes, not the CA")
     given = parser.parse_args(argv)
     for line in init(
