@@ -7,10 +7,13 @@ HELLO, by HTTP against the node that was meant.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import ssl
 import time
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,8 @@ class Tls:
         key = ("server", client_required)
         context = self._contexts.get(key)
         if context is None:
-            context = self._make(ssl.PROTOCOL_TLS_SERVER)
+            context = self._make(ssl.PROTOCOL_TLS_SERVER, ServerContext)
+            context.sslobject_class = ServerSSLObject
             context.verify_mode = ssl.CERT_REQUIRED if client_required else ssl.CERT_OPTIONAL
             # A resumed session would outlive its certificates, and Python's clients don't resume any.
             context.num_tickets = 0
@@ -91,9 +95,9 @@ class Tls:
             self._contexts[key] = context
         return context
 
-    def _make(self, protocol: int) -> ssl.SSLContext:
+    def _make(self, protocol: int, kind: type[ssl.SSLContext] = ssl.SSLContext) -> ssl.SSLContext:
         credentials = self._credentials
-        context = ssl.SSLContext(protocol)
+        context = kind(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
         context.set_ciphers(CIPHERS)
@@ -144,6 +148,36 @@ def _stat(path: str) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+
+accepted_socket: ContextVar[socket.socket | None] = ContextVar("accepted_socket", default=None)
+"""In whose context a server's TLS begins. asyncio and uvloop drop what a failed handshake would still say to the other
+side (the alert), so it is written to the socket here: or a client would only see that it was hung up on."""
+
+
+class ServerContext(ssl.SSLContext):
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **more: Any) -> ssl.SSLObject:
+        made = super().wrap_bio(incoming, outgoing, *args, **more)
+        if isinstance(made, ServerSSLObject):
+            made.outgoing, made.socket = outgoing, accepted_socket.get()
+        return made
+
+
+class ServerSSLObject(ssl.SSLObject):
+    outgoing: ssl.MemoryBIO | None = None
+    socket: socket.socket | None = None
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError:
+            if self.outgoing is not None and self.socket is not None:
+                with contextlib.suppress(OSError):
+                    self.socket.send(self.outgoing.read())
+            raise
+        self.socket = None
 
 
 def _checking(name: str | None, roles: tuple[str, ...]) -> type[ssl.SSLObject]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import cast
 
 from prfaas.common.log import get_logger
-from prfaas.transport.tls import tls_problem
+from prfaas.transport.tls import accepted_socket, tls_problem
 
 HANDSHAKE_S = 10.0
 CLOSE_NOTIFY_S = 1.0
@@ -22,6 +22,7 @@ MAX_HANDSHAKES = 256
 """In progress; one more is closed at once."""
 ACCEPT_AGAIN_S = 0.1
 MAX_TROUBLES = 1000
+HUNG_UP = "the other side ended the TLS handshake; if it is of this cluster, its own log says why"
 MAX_ACCEPTS = 64
 """In one turn of the loop."""
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -95,6 +96,7 @@ class TlsListener:
             self._loop.add_reader(self._sock.fileno(), self._accept)
 
     async def _shake_hands(self, connection: socket.socket, host: str) -> None:
+        accepted_socket.set(connection)
         try:
             await self._loop.connect_accepted_socket(
                 self._protocol,
@@ -104,11 +106,7 @@ class TlsListener:
                 ssl_shutdown_timeout=CLOSE_NOTIFY_S,
             )
         except OSError as error:  # the loop has closed the connection
-            problem = tls_problem(error)
-            if problem is not None:
-                self._complain(host, problem)
-            else:
-                log.debug("connection ended in its handshake", peer=host, reason=str(error))
+            self._complain(host, tls_problem(error) or HUNG_UP)
 
     def _complain(self, host: str, problem: str) -> None:
         """Each reason once a host: a node tries again every two seconds."""
