@@ -18,8 +18,8 @@ from prfaas.transport.tls import accepted_socket, tls_problem
 HANDSHAKE_S = 10.0
 CLOSE_NOTIFY_S = 1.0
 """How long a closing connection waits for the other side's goodbye."""
-MAX_HANDSHAKES = 256
-"""In progress; one more is closed at once."""
+MAX_HANDSHAKES = 1024
+"""In progress; one more ends the oldest: strangers that say nothing must not keep out those who do."""
 ACCEPT_AGAIN_S = 0.1
 MAX_TROUBLES = 1000
 HUNG_UP = "the other side ended the TLS handshake; if it is of this cluster, its own log says why"
@@ -46,7 +46,7 @@ class TlsListener:
         self._context = context
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], None] = {}
         self._troubles: set[tuple[str, str]] = set()
         self._again: asyncio.TimerHandle | None = None
         self._closed = False
@@ -84,12 +84,11 @@ class TlsListener:
                 self._again = self._loop.call_later(ACCEPT_AGAIN_S, self._accept_again)
                 return
             if len(self._handshakes) >= MAX_HANDSHAKES:
-                connection.close()
-                continue
+                next(iter(self._handshakes)).cancel()
             connection.setblocking(False)
             task = self._loop.create_task(self._shake_hands(connection, str(address[0])))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            self._handshakes[task] = None
+            task.add_done_callback(self._handshakes.pop)
 
     def _accept_again(self) -> None:
         if not self._closed:
