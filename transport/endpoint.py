@@ -23,6 +23,7 @@ from prfaas.common.errors import (
     TransferCancelledError,
     TransferError,
 )
+from prfaas.common.identity import PeerIdentity
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
@@ -351,10 +352,16 @@ class KvEndpoint:
             answer=answer,
         )
 
-    def _check_answer(self, answer: Hello, ours: Hello, peer: str) -> None:
-        self._check(answer, expect_answer_to=ours.nonce, expect_node=peer)
+    def _check_answer(self, answer: Hello, ours: Hello, peer: str, identity: PeerIdentity | None) -> None:
+        self._check(answer, identity, expect_answer_to=ours.nonce, expect_node=peer)
 
-    def _check(self, hello: Hello, expect_answer_to: str | None = None, expect_node: str | None = None) -> None:
+    def _check(
+        self,
+        hello: Hello,
+        identity: PeerIdentity | None,
+        expect_answer_to: str | None = None,
+        expect_node: str | None = None,
+    ) -> None:
         check_hello(
             hello,
             secret=self._secret,
@@ -365,6 +372,7 @@ class KvEndpoint:
             nonces=self._nonces,
             expect_answer_to=expect_answer_to,
             expect_node=expect_node,
+            identity=identity,
         )
         if self._config.codec not in hello.codecs:
             raise PeerRefusedError(f"{hello.node} does not have codec {self._config.codec!r}")
@@ -379,7 +387,7 @@ class KvEndpoint:
 
     def greeted(self, greeter: Greeter, hello: Hello) -> None:
         """HELLO came on an accepted lane. Raises PeerRefusedError."""
-        self._check(hello)
+        self._check(hello, greeter.channel.peer_identity)
         session = self._accepted.get((hello.node, hello.session))
         if session is None:
             if hello.resume:

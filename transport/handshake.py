@@ -13,6 +13,7 @@ import re
 import msgspec
 from prfaas.common.auth import NonceWindow, sign, verify
 from prfaas.common.errors import PeerRefusedError
+from prfaas.common.identity import KV_ROLES, PeerIdentity
 from prfaas.transport.frames import SUPPORTED_VERSIONS, Hello
 
 MAX_LANES = 64
@@ -43,10 +44,11 @@ def check_hello(
     nonces: NonceWindow,
     expect_answer_to: str | None = None,
     expect_node: str | None = None,
+    identity: PeerIdentity | None = None,
 ) -> None:
-    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock, for the skew; monotonic_s:
-    for how long nonces are kept. `expect_answer_to`: our nonce, when this is the answer; `expect_node`: whom we meant
-    to reach."""
+    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock, for the skew; monotonic_s: for
+    how long nonces are kept. `expect_answer_to`: our nonce, when this is the answer; `expect_node`: whom we meant to
+    reach; `identity`: of the lane's certificate, None without TLS."""
     if hello.answer != (expect_answer_to is not None):
         raise PeerRefusedError("HELLO and its answer are mixed up")
     _check_mac(hello, secret, now_s, monotonic_s, skew_s, nonces, expect_answer_to)
@@ -54,6 +56,9 @@ def check_hello(
         raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
         raise PeerRefusedError("HELLO names no session or no node")
+    problem = identity.problem(name=hello.node, roles=KV_ROLES) if identity is not None else None
+    if problem is not None:
+        raise PeerRefusedError(f"HELLO comes from {hello.node}, but {problem}")
     if expect_node is not None and hello.node != expect_node:
         raise PeerRefusedError(
             f"{hello.node} answers where {expect_node} was dialled; has {expect_node} moved, or does it advertise "
