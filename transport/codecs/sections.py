@@ -4,15 +4,19 @@
 
     method 0   stored: the bytes themselves, `length` of them
     method 1   one zstd frame (RFC 8878) of `length` bytes, with its content size in the frame's header, no dictionary
+    method 2   one lz4 block (not frame) of `length` bytes
 
 Both sides know from the chunk's form and decoded length how many bytes each section holds once decoded; a section of
-none is left out. A reader refuses a frame that announces another size before anything is allocated for it.
+none is left out. A reader takes any method in any section. It never allocates more than the section holds: it refuses
+a frame that announces another size, and gives lz4 a buffer of that size.
 """
 
 from __future__ import annotations
 
+import enum
 import struct
 
+import lz4.block
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -23,6 +27,7 @@ Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BI")
 _STORED = 0
 _ZSTD = 1
+_LZ4 = 2
 
 # zstd's own level 1 searches for matches that planes of floats don't have, and takes chance ones that cost more than
 # Huffman-coded literals. A tiny table and the longest minimal match leave the entropy coder alone: three times faster,
@@ -35,16 +40,29 @@ _SAMPLE_BYTES = 8192
 _WORTH = 31 / 32  # a section that shrinks by less is stored: decoding it again would cost more than it saves
 
 
+class Method(enum.Enum):
+    """How to look for something to save."""
+
+    ENTROPY = _ZSTD, _ENTROPY
+    """zstd for bytes that are uneven, but don't repeat."""
+    SEARCH = _ZSTD, _SEARCH
+    """zstd at level 1: repeated strings too."""
+    LZ4 = _LZ4, None
+    """Repeated strings alone."""
+
+    def compress(self, data: Bytes) -> bytes:
+        _, parameters = self.value
+        if parameters is None:
+            block: bytes = lz4.block.compress(data.data, store_size=False)
+            return block
+        # (De)compressor objects are not thread-safe and cheap beside a chunk.
+        return zstandard.ZstdCompressor(compression_params=parameters).compress(data.data)
+
+
 def repeats(data: Bytes) -> bool:
     """Whether a sample of bytes that look random finds matches in itself (repeated tokens, zeros)."""
     sample = data[:_SAMPLE_BYTES]
-    return len(_compress(sample, search=True)) < _WORTH * len(sample)
-
-
-def _compress(data: Bytes, *, search: bool) -> bytes:
-    # (De)compressor objects are not thread-safe and cheap beside a chunk.
-    parameters = _SEARCH if search else _ENTROPY
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(data.data)
+    return len(Method.SEARCH.compress(sample)) < _WORTH * len(sample)
 
 
 class SectionWriter:
@@ -56,13 +74,13 @@ class SectionWriter:
         if len(data):
             self._parts += (_HEAD.pack(_STORED, len(data)), data.data)
 
-    def compress(self, data: Bytes, *, search: bool = False) -> None:
-        """With zstd if that shrinks it. search: look for repeated strings too, not only for uneven bytes."""
+    def compress(self, data: Bytes, method: Method) -> None:
+        """If that shrinks it; else `store`."""
         if not len(data):
             return
-        frame = _compress(data, search=search)
-        if len(frame) < _WORTH * len(data):
-            self._parts += (_HEAD.pack(_ZSTD, len(frame)), frame)
+        body = method.compress(data)
+        if len(body) < _WORTH * len(data):
+            self._parts += (_HEAD.pack(method.value[0], len(body)), body)
         else:
             self.store(data)
 
@@ -91,7 +109,9 @@ class SectionReader:
         if method == _STORED:
             data: bytes | memoryview = body
         elif method == _ZSTD:
-            data = _decompress(body, size)
+            data = _from_zstd(body, size)
+        elif method == _LZ4:
+            data = _from_lz4(body, size)
         else:
             raise CodecError(f"unknown section method {method}")
         if len(data) != size:
@@ -103,7 +123,7 @@ class SectionReader:
             raise CodecError(f"{len(self._rest)} bytes behind the last section")
 
 
-def _decompress(frame: memoryview, size: int) -> bytes:
+def _from_zstd(frame: memoryview, size: int) -> bytes:
     try:
         # The library allocates what the frame announces: look before letting it.
         announced = zstandard.frame_content_size(frame)
@@ -112,3 +132,11 @@ def _decompress(frame: memoryview, size: int) -> bytes:
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"zstd: {error}") from None
+
+
+def _from_lz4(block: memoryview, size: int) -> bytes:
+    try:
+        data: bytes = lz4.block.decompress(block, uncompressed_size=size)
+    except lz4.block.LZ4BlockError as error:
+        raise CodecError(f"lz4: {error}") from None
+    return data
