@@ -24,7 +24,7 @@ _WORDS: Mapping[str, np.dtype[np.unsignedinteger]] = MappingProxyType(
 )
 
 # Elements at once: their words stay in a core's cache between the passes over them.
-_SLAB = 1 << 16
+_SLAB = 1 << 15
 
 
 def to_planes(data: memoryview, dtype: str) -> NDArray[np.uint8]:

@@ -15,6 +15,10 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Final, Generic, TypeVar
 
 import lz4.block
 import numpy as np
@@ -23,6 +27,7 @@ from numpy.typing import NDArray
 from prfaas.transport.codecs.api import CodecError
 
 Bytes = NDArray[np.uint8]
+T = TypeVar("T")
 
 _HEAD = struct.Struct("<BI")
 _STORED = 0
@@ -36,8 +41,28 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
     window_log=20, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0, strategy=zstandard.STRATEGY_FAST
 )
 _SEARCH = zstandard.ZstdCompressionParameters.from_level(1)
-_SAMPLE_BYTES = 8192
+_SAMPLE_BYTES = 4096
 _WORTH = 31 / 32  # a section that shrinks by less is stored: decoding it again would cost more than it saves
+
+
+class Pool(Generic[T]):
+    """Contexts that one thread at a time may use. Making one takes as long as compressing some tens of KiB: their
+    memory is fresh pages."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make: Final = make
+        self._free: Final[list[T]] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[T]:
+        try:
+            context = self._free.pop()
+        except IndexError:
+            context = self._make()
+        try:
+            yield context
+        finally:
+            self._free.append(context)
 
 
 class Method(enum.Enum):
@@ -55,8 +80,15 @@ class Method(enum.Enum):
         if parameters is None:
             block: bytes = lz4.block.compress(data.data, store_size=False)
             return block
-        # (De)compressor objects are not thread-safe and cheap beside a chunk.
-        return zstandard.ZstdCompressor(compression_params=parameters).compress(data.data)
+        with _COMPRESSORS[self].lent() as compressor:
+            return compressor.compress(data.data)
+
+
+_COMPRESSORS = {
+    method: Pool(partial(zstandard.ZstdCompressor, compression_params=method.value[1]))
+    for method in (Method.ENTROPY, Method.SEARCH)
+}
+_DECOMPRESSORS = Pool(zstandard.ZstdDecompressor)
 
 
 def repeats(data: Bytes) -> bool:
@@ -129,7 +161,8 @@ def _from_zstd(frame: memoryview, size: int) -> bytes:
         announced = zstandard.frame_content_size(frame)
         if announced != size:
             raise CodecError(f"a frame announces {announced} bytes, not {size}")
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        with _DECOMPRESSORS.lent() as decompressor:
+            return decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"zstd: {error}") from None
 
