@@ -124,7 +124,7 @@ class CodecSpeeds:
     def of_kind(self, kind: TensorKind) -> dict[str, CodecSpeed]:
         """For `choose`. A codec is in it once it is calibrated, or was seen to encode and to decode."""
         works = self._work.get(kind, {})
-        names = dict.fromkeys((*(name for name, k in self._calibrated if k is kind), *works))
+        names = dict.fromkeys((*(name for name, _ in self._calibrated), *works))
         speeds = {name: _speed(works.get(name, _Work()), self._calibrated.get((name, kind))) for name in names}
         return {name: speed for name, speed in speeds.items() if speed is not None}
 
