@@ -212,7 +212,8 @@ def scales_and_codes(steps: Array, codes: Array) -> memoryview:
 
 
 def test_a_codec_can_be_written_from_its_description() -> None:
-    """int4 of values: (code − 7) · step, with the planes of a bfloat16's rotated bits."""
+    """int4 of values: (code − 7) · step, with the planes of a bfloat16's rotated bits; of keys: low + code · step, with
+    codes as differences mod 16 from token to token."""
     form, codec = ChunkForm(TensorKind.VALUE, "bfloat16", 64), codec_by_name("int4")
     assert codec is not None
     codes = np.tile(np.arange(64) % 15, (2, 1))
@@ -220,6 +221,14 @@ def test_a_codec_can_be_written_from_its_description() -> None:
     out = bytearray(2 * 128)
     codec.decode(scales_and_codes(np.array([one, half]) << 1, codes), memoryview(out), form)
     assert np.array_equal(floats_of(out, "bfloat16").reshape(2, 64), (codes - 7) * np.array([[1.0], [0.5]]))
+    writer = SectionWriter()
+    for part in ([0x7F, 0x7E], [0, 0], [0x81, 0x81], [1, 0], [3, 0, 15, 1, 14, 0]):
+        writer.store(np.array(part, np.uint8))
+    wire, out = writer.join(b"", 1 << 30), bytearray(12)
+    assert wire is not None
+    codec.decode(memoryview(wire), memoryview(out), ChunkForm(TensorKind.KEY, "bfloat16", 2))
+    codes, step, low = np.array([[3, 0], [2, 1], [0, 1]]), np.array([1.0, 0.5]), np.array([-4.0, 4.0])
+    assert np.array_equal(floats_of(out, "bfloat16").reshape(3, 2), low + codes * step)
 
 
 @pytest.mark.parametrize("step", [0x7F80, 0x7FC0, 0x7F7F, 0xBF80, 0xFFC0])
