@@ -211,7 +211,7 @@ class Session:
         if self._senders:
             self._measure()
         log.info("kv session goes on", peer=self.peer, senders=len(self._senders), receivers=len(self._receivers))
-        channel.send(Resume(list(self._senders)))
+        channel.send(Resume(list(self._senders), self._last_number))
         for receiver in self._receivers.values():
             receiver.repeat_credit(channel)
         for sender in list(self._senders.values()):
@@ -519,10 +519,10 @@ class Session:
 
     def _resumed_by_peer(self, channel: Channel, body: Resume) -> None:
         if not body.answer:
-            channel.send(Resume(list(self._senders), answer=True))
+            channel.send(Resume(list(self._senders), self._last_number, answer=True))
         sending = set(body.sending)
         for number, receiver in list(self._receivers.items()):
-            if number not in sending:
+            if number <= body.last and number not in sending:
                 detail = f"{self.peer} ended the transfer while no lane was up"
                 receiver.fail(TransferCancelledError(detail), tell_peer=False)
         for number in body.sending:
