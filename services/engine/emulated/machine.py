@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from prfaas.services.engine.emulated.batch import Batch
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.device import Device
 from prfaas.services.engine.emulated.stream import finish
+from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.transport.arena import Arena, Region
 
 _INLINE_BYTES = 256 << 10
@@ -73,18 +74,17 @@ class Machine:
     async def content(self, token_ids: list[int]) -> KvContent:
         return await self.run(lambda: KvContent(self.info.layout, token_ids), len(token_ids) * _BYTES_PER_ID)
 
-    def check(self, token_ids: list[int], context_tokens: int) -> None:
+    def check(self, token_ids: Sequence[int], context_tokens: int) -> None:
         """Raises RequestError for ids outside the vocabulary or a context that is too long."""
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
-        if not (min(token_ids) >= 0 and max(token_ids) < self.info.vocabulary):
-            raise RequestError(f"token ids must be from 0 to {self.info.vocabulary - 1}", param="prompt")
         if context_tokens > self.info.max_model_tokens:
             raise RequestError(
                 f"prompt and output have {context_tokens} tokens, the model takes {self.info.max_model_tokens}",
                 param="prompt",
                 code="context_length_exceeded",
             )
+        check_token_ids(token_ids, self.info.vocabulary)
 
 
 class Memory:
