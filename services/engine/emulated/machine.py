@@ -13,9 +13,9 @@ from prfaas.services.engine.api import EngineInfo
 from prfaas.services.engine.emulated.batch import Batch
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.device import Device
-from prfaas.services.engine.emulated.stream import finish
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.transport.arena import Arena, Region
+from prfaas.transport.waiting import finish_despite_cancel
 
 _INLINE_BYTES = 256 << 10
 """KV up to this size is written or checked on the event loop (under a millisecond); more goes to the thread."""
@@ -63,13 +63,7 @@ class Machine:
         function no longer touches its memory."""
         if size_bytes <= _INLINE_BYTES:
             return function()
-        call = asyncio.get_running_loop().run_in_executor(self._thread, function)
-        try:
-            await finish(call)
-        except asyncio.CancelledError:
-            call.exception()
-            raise
-        return call.result()
+        return await finish_despite_cancel(asyncio.get_running_loop().run_in_executor(self._thread, function))
 
     async def content(self, token_ids: list[int]) -> KvContent:
         return await self.run(lambda: KvContent(self.info.layout, token_ids), len(token_ids) * _BYTES_PER_ID)
