@@ -29,6 +29,12 @@ CREDIT_STEP = 4
 """A CREDIT is due when a quarter of the window has been consumed since the last: few frames, never a stall."""
 
 
+MAX_GAPS = 65_536
+"""Between the bytes of all rows that have come. Chunks of a row leave in its order, so lanes that overtake one another
+leave few; a peer that sends every other byte would take a hundred bytes of bookkeeping for each."""
+MAX_DAMAGED = 1024
+"""Places of a transfer that arrived damaged once: by accident there are a few."""
+
 TIME_RAN_OUT = "the request's time ran out"
 
 
@@ -273,6 +279,9 @@ class ByteRanges:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
+    def __len__(self) -> int:
+        return len(self._starts)
+
     def overlap(self, start: int, end: int) -> int:
         """How many bytes of [start, end) are in."""
         i = bisect.bisect_right(self._ends, start)
@@ -323,6 +332,7 @@ class ReceivingTransfer:
         self._lane_of: dict[tuple[int, int, int, int], Hashable] = {}
         self._checking: set[tuple[int, int, int, int]] = set()
         self._damaged: set[tuple[int, int, int, int]] = set()
+        self._gaps = 0
         self._window_bytes = window_bytes
         self._begun_bytes = 0
         self._consumed_bytes = 0
@@ -354,7 +364,11 @@ class ReceivingTransfer:
                 begun = self._begun_bytes + chunk.raw_bytes
                 raise ProtocolError(f"CHUNK: {begun} bytes sent, {self._granted_bytes} were granted")
             self._begun_bytes += chunk.raw_bytes
+            before = len(ranges) or 1  # the first of a row is no gap
             ranges.add(chunk.offset_bytes, end)
+            self._gaps += len(ranges) - before
+            if self._gaps > MAX_GAPS:
+                raise ProtocolError(f"CHUNKs leave more than {MAX_GAPS} gaps between them")
             self._claim(chunk, lane)
             return Placement.NEW
         if held < chunk.raw_bytes:
@@ -425,11 +439,15 @@ class ReceivingTransfer:
                 f"layer {chunk.layer} tensor {chunk.tensor} row {chunk.row} byte {chunk.offset_bytes}: "
                 f"the checksum did not match, twice"
             )
+        if len(self._damaged) >= MAX_DAMAGED:
+            raise ChecksumError(f"more than {MAX_DAMAGED} chunks arrived damaged")
         self._damaged.add(place)
 
     def _release(self, chunk: FrameHeader) -> None:
-        key = (chunk.layer, chunk.tensor, chunk.row)
-        self._claimed[key].remove(chunk.offset_bytes, chunk.offset_bytes + chunk.raw_bytes)
+        ranges = self._claimed[chunk.layer, chunk.tensor, chunk.row]
+        before = len(ranges)
+        ranges.remove(chunk.offset_bytes, chunk.offset_bytes + chunk.raw_bytes)
+        self._gaps += (len(ranges) or 1) - before
 
     def finish(self) -> None:
         self._finish_arrived = True

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -21,12 +21,15 @@ from prfaas.services.decode.stop import StopStrings
 from prfaas.services.decode.timeline import TokenTimes, node_timeline
 from prfaas.services.engine.api import (
     DecodeDone,
+    DecodeEvent,
     DecodeRequest,
     DecodeTimeline,
     Engine,
+    EventStream,
     SamplingParams,
     TokenEvent,
 )
+from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.tokenizer import TextStream, Tokenizer
 from prfaas.services.leases import Lease, Leases
 from prfaas.services.messages import DecodeCall, KvAddressMessage, SamplingMessage, TicketEvent, to_json
@@ -62,18 +65,21 @@ class DecodeService:
         check_caller(request, call.router, ("router",))
         log.bind_request(call.request_id)
         self._check(call)
-        async with self.leases.hold(call.router, request) as lease, SseResponse(request, self.config.ping_s) as out:
-            outcome = "cancelled"
-            try:
-                outcome = await _Decode(self, call, received_s, out).run()
-            finally:
-                self.metrics.requests.labels("decode", _outcome(lease, outcome)).inc()
-        return out.response
+        response = SseResponse(request, self.config.ping_s)
+        decode = _Decode(self, call, received_s, response)
+        async with self.leases.hold(call.router, request) as lease, aclosing(decode):
+            await decode.begin()
+            async with response:
+                outcome = "cancelled"
+                try:
+                    outcome = await decode.run()
+                finally:
+                    self.metrics.requests.labels("decode", _outcome(lease, outcome)).inc()
+        return response.response
 
     def _check(self, call: DecodeCall) -> None:
-        """What the client can be told before any work begins. Raises RequestError."""
+        """What the client can be told before any work begins; of the ids the engine tells. Raises RequestError."""
         info = self.engine.info
-        ids = [*call.prompt_token_ids, *call.output_token_ids]
         tokens = len(call.prompt_token_ids) + call.max_output_tokens
         if not call.prompt_token_ids:
             raise RequestError("the prompt is empty", param="prompt")
@@ -89,8 +95,6 @@ class DecodeService:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if min(ids) < 0 or max(ids) >= info.vocabulary:
-            raise RequestError(f"token ids must be from 0 to {info.vocabulary - 1}", param="prompt")
         if info.layout.total_bytes(TokenRange(0, tokens)) > info.arena_bytes:
             raise RequestError(
                 f"the KVCache of {tokens} tokens does not fit this node's memory; "
@@ -112,27 +116,46 @@ class _Decode:
     out: SseResponse
     times: TokenTimes = field(default_factory=TokenTimes)
     engine_timeline: DecodeTimeline | None = None
+    ticket: TicketEvent = field(default_factory=lambda: TicketEvent("", [], 0, 0))
+    receiver: KvReceiver | None = None
+    events: EventStream[DecodeEvent] | None = None
+    """None: all tokens of the output have been delivered before."""
+
+    async def begin(self) -> None:
+        """Raises RequestError for what only the engine looks at, before the response begins."""
+        call, engine = self.call, self.service.engine
+        if len(call.output_token_ids) >= call.max_output_tokens:
+            check_token_ids([*call.prompt_token_ids, *call.output_token_ids], engine.info.vocabulary)
+            return
+        self.ticket, self.receiver = self._transfer()
+        self.events = engine.decode(self._request(), [] if self.receiver is None else [self.receiver])
+
+    async def aclose(self) -> None:
+        """The engine has let go of everything when this returns. Idempotent."""
+        if self.events is not None:
+            await self.events.aclose()
+        elif self.receiver is not None:
+            await self.receiver.aclose()
 
     async def run(self) -> str:
-        """The outcome's word for the metrics. Cancelled: the engine has let go of everything when this raises."""
+        """The outcome's word for the metrics. The engine has let go of everything when this returns or raises, before
+        the response ends."""
         call, service = self.call, self.service
-        output = self._output()
-        format = self._format()
-        unseen = output.replay(call.output_token_ids, call.text_offset)
-        if call.format.echo and not call.output_token_ids:
-            unseen = await asyncio.to_thread(service.tokenizer.decode, call.prompt_token_ids)
-        if output.stopped or len(call.output_token_ids) >= call.max_output_tokens:
-            self.out.send_event("ticket", TicketEvent("", [], 0, 0))
-            self._finish(format, output, unseen, "stop" if output.stopped else "length")
-            self.out.send(format.end())
-            return "done"
-
-        ticket, receiver = self._transfer()
-        events = service.engine.decode(self._request(), [receiver] if receiver is not None else [])
         try:
-            self.out.send_event("ticket", ticket)
+            output, format = self._output(), self._format()
+            unseen = output.replay(call.output_token_ids, call.text_offset)
+            if call.format.echo and not call.output_token_ids:
+                unseen = await asyncio.to_thread(service.tokenizer.decode, call.prompt_token_ids)
+            if output.stopped:
+                await self.aclose()
+            if output.stopped or self.events is None:
+                self.out.send_event("ticket", TicketEvent("", [], 0, 0))
+                self._finish(format, output, unseen, "stop" if output.stopped else "length")
+                self.out.send(format.end())
+                return "done"
+            self.out.send_event("ticket", self.ticket)
             reason = "length"
-            async for event in events:
+            async for event in self.events:
                 if isinstance(event, TokenEvent):
                     self._count(event)
                     piece = output.push(event.token_id)
@@ -145,14 +168,14 @@ class _Decode:
                 elif isinstance(event, DecodeDone):
                     reason = str(event.reason)
             self._finish(format, output, unseen, reason)
-            await self._send_timeline(receiver)
+            await self._send_timeline(self.receiver)
             self.out.send(format.end())
         except Exception as error:  # the response has begun: whatever it is, the router hears of it in the stream
             code = self.out.send_error(error, call.request_id)
             _log.warning("decode failed", code=code, error=str(error))
             return code
         finally:
-            await events.aclose()
+            await self.aclose()
         return "done"
 
     def _transfer(self) -> tuple[TicketEvent, KvReceiver | None]:

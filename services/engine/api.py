@@ -165,10 +165,13 @@ class EventStream(Protocol[E_co]):
 class Engine(Protocol):
     """Methods are called on the event loop's thread.
 
+    `prefill` and `decode` raise RequestError at once for what the client has done wrong (token ids outside the
+    vocabulary, a context that is too long): then nothing has begun, and the transfers are still the caller's to close.
+
     Iterators: the request is accepted when `prefill` / `decode` returns, not at the first `anext`; an exception ends
-    the iterator (EngineError, TransferError, TimeoutError, RequestError for ids outside the vocabulary). Closing the
-    iterator (`aclose`, or cancelling the task that awaits it and then closing) cancels the request between layers; when
-    `aclose` returns, its memory is free and its transfers are closed. Every iterator must be closed.
+    the iterator (EngineError, TransferError, TimeoutError). Closing the iterator (`aclose`, or cancelling the task that
+    awaits it and then closing) cancels the request between layers; when `aclose` returns, its memory is free and its
+    transfers are closed. Every iterator must be closed.
     """
 
     @property

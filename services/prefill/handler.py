@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -9,13 +10,13 @@ from prfaas.common import log
 from prfaas.common.config import NodeConfig
 from prfaas.common.errors import EngineError, RequestError
 from prfaas.common.metrics import NodeMetrics
-from prfaas.services.engine.api import Engine, PrefillDone, PrefillRequest
+from prfaas.services.engine.api import Engine, EventStream, PrefillDone, PrefillEvent, PrefillRequest
 from prfaas.services.leases import Leases
 from prfaas.services.messages import PrefillCall, PrefillResult
 from prfaas.services.sse import SseResponse
 from prfaas.services.tls import check_caller
 from prfaas.services.web import Signer, parse_json, read_signed
-from prfaas.transport.api import KvAddress, KvSender
+from prfaas.transport.api import KvAddress
 from prfaas.transport.endpoint import KvEndpoint
 
 _log = log.get_logger("prefill")
@@ -34,33 +35,36 @@ class PrefillService:
         call = await parse_json(await read_signed(request, self.signer), PrefillCall)
         check_caller(request, call.router, ("router",))
         log.bind_request(call.request_id)
+        response = SseResponse(request, self.config.ping_s)
         lease = self.leases.hold(call.router, request)
-        sender = self._sender(call)
-        async with lease, SseResponse(request, self.config.ping_s) as out:
+        async with lease, aclosing(await self._begin(call)) as events, response as out:
             outcome = "cancelled"
             try:
-                outcome = await self._run(call, sender, out)
+                outcome = await self._run(call, events, out)
             finally:
                 self.metrics.requests.labels("prefill", "lease_freed" if lease.freed else outcome).inc()
-        return out.response
+        return response.response
 
-    def _sender(self, call: PrefillCall) -> KvSender:
-        """Raises RequestError or TicketError for what the router could have known, before any work."""
-        info = self.engine.info
-        ids = call.prompt_token_ids
-        if not ids or min(ids) < 0 or max(ids) >= info.vocabulary:
-            raise RequestError(f"the prompt must have token ids from 0 to {info.vocabulary - 1}", param="prompt")
+    async def _begin(self, call: PrefillCall) -> EventStream[PrefillEvent]:
+        """Raises RequestError or TicketError for what the router could have known, before any work and before the
+        response begins; nothing is left open then."""
+        tokens = len(call.prompt_token_ids)
         addresses = [KvAddress(a.host, a.port, a.rank) for a in call.kv_addresses]
         sender = self.endpoint.sender(call.ticket, call.decode_node, addresses)
-        if sender.spec.tokens.end != len(ids) - 1:
-            raise RequestError(
-                f"the ticket is for {sender.spec.tokens.end + 1} tokens, the prompt has {len(ids)}", param="ticket"
-            )
-        return sender
+        try:
+            if sender.spec.tokens.end != tokens - 1:
+                raise RequestError(
+                    f"the ticket is for {sender.spec.tokens.end + 1} tokens, the prompt has {tokens}", param="ticket"
+                )
+            request = PrefillRequest(call.request_id, call.prompt_token_ids, call.timeout_s)
+            return self.engine.prefill(request, [sender])
+        except BaseException:
+            await sender.aclose()
+            raise
 
-    async def _run(self, call: PrefillCall, sender: KvSender, out: SseResponse) -> str:
-        """The outcome as a word for the metrics. Cancelled: the transfer is closed when this raises."""
-        events = self.engine.prefill(PrefillRequest(call.request_id, call.prompt_token_ids, call.timeout_s), [sender])
+    async def _run(self, call: PrefillCall, events: EventStream[PrefillEvent], out: SseResponse) -> str:
+        """The outcome as a word for the metrics. The transfer is closed when this returns or raises, before the
+        response ends."""
         try:
             done: PrefillDone | None = None
             async for event in events:

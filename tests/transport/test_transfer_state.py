@@ -11,7 +11,16 @@ from prfaas.common.errors import ChecksumError, ProtocolError
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.transport.api import KvPiece, TransferSpec
 from prfaas.transport.frames import HEADER, FrameHeader, encode_chunk_header
-from prfaas.transport.transfer import ByteRanges, Cut, Placement, ReceivingTransfer, SendingTransfer, Standing
+from prfaas.transport.transfer import (
+    MAX_DAMAGED,
+    MAX_GAPS,
+    ByteRanges,
+    Cut,
+    Placement,
+    ReceivingTransfer,
+    SendingTransfer,
+    Standing,
+)
 
 KEY_AND_VALUE = tuple(TensorLayout(kind, "bfloat16", 2, (4,)) for kind in (TensorKind.KEY, TensorKind.VALUE))
 STATE = TensorLayout(TensorKind.RECURRENT, "float32", 1, (10, 3))
@@ -213,3 +222,50 @@ def test_byte_ranges_equal_a_set_of_bytes(steps: list[tuple[int, int, bool]]) ->
         elif not add and wanted <= model:
             ranges.remove(start, start + size)
             model -= wanted
+
+
+# -- what a peer can make a receiver remember -------------------------------------------------------------------------
+
+WIDE = KvLayout((LayerLayout((TensorLayout(TensorKind.LATENT, "bfloat16", 1, (1,)),)),))
+
+
+def byte_at(offset_bytes: int) -> FrameHeader:
+    return header(Cut(1, 0, 0, 0, offset_bytes, memoryview(b"x"), 1))
+
+
+def wide_transfer(tokens: int) -> ReceivingTransfer:
+    spec = TransferSpec("0" * 32, "r", TokenRange(0, tokens), tokens + 1, 1, "f", WIDE.layout_hash)
+    return ReceivingTransfer(WIDE, spec, 1 << 30)
+
+
+def come(transfer: ReceivingTransfer, offset_bytes: int) -> None:
+    transfer.place(byte_at(offset_bytes), "lane")
+    transfer.received(byte_at(offset_bytes))
+
+
+def test_every_other_byte_is_refused_before_it_costs_memory() -> None:
+    """The gaps between chunks are bounded, whatever the transfer's size; those that were closed don't count, and a
+    damaged chunk counts for what its going leaves."""
+    transfer = wide_transfer(200_000)
+    for offset in range(0, 2 * MAX_GAPS, 2):
+        come(transfer, offset)
+    for offset in range(1, 1000, 2):
+        come(transfer, offset)
+    for offset in range(2 * MAX_GAPS, 2 * MAX_GAPS + 1000, 2):
+        come(transfer, offset)
+    transfer.damaged(byte_at(998))  # in the middle of what is closed: one gap more
+    come(transfer, 998)
+    come(transfer, 2 * MAX_GAPS + 1000)
+    with pytest.raises(ProtocolError, match="gaps"):
+        come(transfer, 2 * MAX_GAPS + 1002)
+
+
+def test_damage_without_end_fails_the_transfer() -> None:
+    """Each at another place, so that none is damaged twice."""
+    transfer = wide_transfer(MAX_DAMAGED)
+    for offset in range(MAX_DAMAGED):
+        come(transfer, offset)
+        transfer.damaged(byte_at(offset))
+    come(transfer, MAX_DAMAGED)
+    with pytest.raises(ChecksumError, match="more than"):
+        transfer.damaged(byte_at(MAX_DAMAGED))

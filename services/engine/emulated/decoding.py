@@ -29,10 +29,12 @@ from prfaas.transport.arena import Region
 
 class DecodeJob:
     def __init__(self, machine: Machine, request: DecodeRequest, receivers: Sequence[KvReceiver]) -> None:
+        """Raises RequestError."""
         self._machine = machine
         self._request = request
         self._receivers = receivers
         self._context = [*request.prompt_token_ids, *request.output_token_ids]
+        machine.check(self._context, self._most_tokens)
         self._position = len(request.output_token_ids)
         self._regions: list[Region] = []
         self._rows: list[Rows | None] = [None] * len(receivers)
@@ -83,7 +85,6 @@ class DecodeJob:
 
     async def _run(self, emit: Callable[[DecodeEvent], None]) -> None:
         request = self._request
-        self._machine.check(self._context, self._most_tokens)
         async with asyncio.timeout(request.timeout_s):
             if not self._receivers:
                 await self._prefill_here()

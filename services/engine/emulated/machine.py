@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,8 +13,9 @@ from prfaas.services.engine.api import EngineInfo
 from prfaas.services.engine.emulated.batch import Batch
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.device import Device
-from prfaas.services.engine.emulated.stream import finish
+from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.transport.arena import Arena, Region
+from prfaas.transport.waiting import finish_despite_cancel
 
 _INLINE_BYTES = 256 << 10
 """KV up to this size is written or checked on the event loop (under a millisecond); more goes to the thread."""
@@ -62,29 +63,22 @@ class Machine:
         function no longer touches its memory."""
         if size_bytes <= _INLINE_BYTES:
             return function()
-        call = asyncio.get_running_loop().run_in_executor(self._thread, function)
-        try:
-            await finish(call)
-        except asyncio.CancelledError:
-            call.exception()
-            raise
-        return call.result()
+        return await finish_despite_cancel(asyncio.get_running_loop().run_in_executor(self._thread, function))
 
     async def content(self, token_ids: list[int]) -> KvContent:
         return await self.run(lambda: KvContent(self.info.layout, token_ids), len(token_ids) * _BYTES_PER_ID)
 
-    def check(self, token_ids: list[int], context_tokens: int) -> None:
+    def check(self, token_ids: Sequence[int], context_tokens: int) -> None:
         """Raises RequestError for ids outside the vocabulary or a context that is too long."""
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
-        if not (min(token_ids) >= 0 and max(token_ids) < self.info.vocabulary):
-            raise RequestError(f"token ids must be from 0 to {self.info.vocabulary - 1}", param="prompt")
         if context_tokens > self.info.max_model_tokens:
             raise RequestError(
                 f"prompt and output have {context_tokens} tokens, the model takes {self.info.max_model_tokens}",
                 param="prompt",
                 code="context_length_exceeded",
             )
+        check_token_ids(token_ids, self.info.vocabulary)
 
 
 class Memory:

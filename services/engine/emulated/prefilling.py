@@ -18,6 +18,8 @@ from prfaas.transport.arena import Region
 
 class PrefillJob:
     def __init__(self, machine: Machine, request: PrefillRequest, senders: Sequence[KvSender]) -> None:
+        """Raises RequestError."""
+        machine.check(request.prompt_token_ids, len(request.prompt_token_ids))
         self._machine = machine
         self._request = request
         self._senders = senders
@@ -35,7 +37,6 @@ class PrefillJob:
     async def _run(self, emit: Callable[[PrefillEvent], None]) -> None:
         queued_s = time.monotonic()
         ids = list(self._request.prompt_token_ids)
-        self._machine.check(ids, len(ids))
         async with asyncio.timeout(self._request.timeout_s) as self._deadline:
             if not self._tokens.tokens:
                 emit(PrefillDone(queued_s, queued_s, queued_s, [queued_s] * len(self._computed_s)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from prfaas.transport.waiting import finish_despite_cancel
 
 E = TypeVar("E")
 
@@ -50,7 +52,7 @@ class TaskStream(Generic[E]):
 
     async def aclose(self) -> None:
         self._stop()
-        await finish(self._supervisor)
+        await finish_despite_cancel(self._supervisor)
 
     def _stop(self) -> None:
         self._stopped = True
@@ -73,15 +75,3 @@ class TaskStream(Generic[E]):
             await self._clean_up()
             # The reader looks at `done()`, which is true only after this coroutine has returned.
             asyncio.get_running_loop().call_soon(self._news.set)
-
-
-async def finish(task: asyncio.Future[Any]) -> None:
-    """Wait until `task` is done even if the caller is cancelled meanwhile; then pass the cancellation on."""
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError

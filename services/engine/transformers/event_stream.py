@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, TypeVar
 
+from prfaas.transport.waiting import finish_despite_cancel
+
 E = TypeVar("E")
 
 
@@ -60,12 +62,12 @@ class RequestEvents(Generic[E]):
         self._on_closed = callback
 
     async def aclose(self) -> None:
-        """Cancel the request and free what it holds; idempotent. It is carried through even when the caller is
-        cancelled meanwhile."""
+        """Cancel the request and free what it holds; idempotent. It is carried through, and waited for, even when the
+        caller is cancelled meanwhile."""
         if self._closing is None:
             self._seal(None)
             self._closing = asyncio.ensure_future(self._close())
-        await asyncio.shield(self._closing)
+        await finish_despite_cancel(self._closing)
 
     async def _close(self) -> None:
         try:

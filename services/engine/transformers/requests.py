@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from prfaas.common.config import EngineConfig
-from prfaas.common.errors import EngineError, NoRoomError, OutOfMemoryError, PrfaasError, RequestError
+from prfaas.common.errors import EngineError, NoRoomError, OutOfMemoryError, RequestError
 from prfaas.common.kv_layout import TokenRange
 from prfaas.services.engine.api import (
     DecodeDone,
@@ -23,6 +22,7 @@ from prfaas.services.engine.api import (
     PrefillProgress,
     PrefillRequest,
 )
+from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.transformers import kv_memory
 from prfaas.services.engine.transformers.decode import DecodeRow
 from prfaas.services.engine.transformers.event_stream import RequestEvents
@@ -47,24 +47,6 @@ class Desk:
     arena: Arena
     stepper: Stepper
     line: PrefillLine
-
-
-def check_tokens(token_ids: Sequence[int], vocabulary: int, param: str) -> RequestError | None:
-    """Whether all ids are in the vocabulary, at numpy's speed: a prompt may have 100,000."""
-    try:
-        ids = np.asarray(token_ids)
-    except ValueError:  # nested lists of different lengths
-        return RequestError(f"{param} must be token ids", param=param)
-    if ids.dtype.kind not in "iu" or ids.ndim != 1:
-        return RequestError(f"{param} must be token ids", param=param)
-    wrong = (ids < 0) | (ids >= vocabulary)
-    if wrong.any():
-        return RequestError(
-            f"token id {int(ids[wrong.argmax()])} at position {int(wrong.argmax())} is outside the vocabulary "
-            f"of {vocabulary}",
-            param=param,
-        )
-    return None
 
 
 class _Deadline:
@@ -92,6 +74,12 @@ class PrefillLife:
     """
 
     def __init__(self, desk: Desk, request: PrefillRequest, senders: Sequence[KvSender]) -> None:
+        """Raises RequestError."""
+        if not request.prompt_token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        if len(request.prompt_token_ids) > desk.info.max_model_tokens:
+            raise _too_long(len(request.prompt_token_ids), desk.info)
+        check_token_ids(request.prompt_token_ids, desk.info.vocabulary)
         self._desk = desk
         self._tokens = request.prompt_token_ids
         self._senders = list(senders)
@@ -123,17 +111,13 @@ class PrefillLife:
         if not self.stream.sealed:
             self._desk.line.join(self)
 
-    def _problem(self) -> PrfaasError | None:
+    def _problem(self) -> EngineError | None:
         desk, n = self._desk, len(self._tokens)
-        if not n:
-            return RequestError("the prompt is empty", param="prompt")
         if self._senders and self._end != n - 1:
             return EngineError(f"the ticket is for tokens up to {self._end}, a prompt of {n} tokens needs {n - 1}")
-        if n > desk.info.max_model_tokens:
-            return _too_long(n, desk.info)
         if not kv_memory.fits(desk.arena, desk.info.layout, self._end):
             return OutOfMemoryError(f"the KV of {n} prompt tokens doesn't fit into this node's arena")
-        return check_tokens(self._tokens, desk.info.vocabulary, "prompt")
+        return None
 
     # -- in the line --------------------------------------------------------------------------------------------------
 
@@ -262,8 +246,10 @@ class DecodeLife:
     """A decode: KV from receivers, or a local prefill through the line → joining → running → done."""
 
     def __init__(self, desk: Desk, request: DecodeRequest, receivers: Sequence[KvReceiver]) -> None:
+        """Raises RequestError."""
         self._desk = desk
         self._context = [*request.prompt_token_ids, *request.output_token_ids]
+        self._check(request)
         self._request = request
         self._receivers = list(receivers)
         self._kv: RequestKv | None = None
@@ -291,14 +277,20 @@ class DecodeLife:
         elif not self._receivers or self._received_end == 0:
             self._desk.line.join(self)
 
-    def _problem(self) -> PrfaasError | None:
-        desk, request, n = self._desk, self._request, len(self._context)
+    def _check(self, request: DecodeRequest) -> None:
+        """Raises RequestError."""
+        info = self._desk.info
         if not request.prompt_token_ids:
-            return RequestError("the prompt is empty", param="prompt")
+            raise RequestError("the prompt is empty", param="prompt")
         if request.max_output_tokens < 1:
-            return RequestError("max_tokens must be at least 1", param="max_tokens")
-        if len(request.prompt_token_ids) + request.max_output_tokens > desk.info.max_model_tokens:
-            return _too_long(len(request.prompt_token_ids) + request.max_output_tokens, desk.info)
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if len(request.prompt_token_ids) + request.max_output_tokens > info.max_model_tokens:
+            raise _too_long(len(request.prompt_token_ids) + request.max_output_tokens, info)
+        check_token_ids(self._context, info.vocabulary)
+
+    def _problem(self) -> EngineError | None:
+        """What the sender is told as well, at its OPEN."""
+        desk, n = self._desk, len(self._context)
         for receiver in self._receivers:
             if receiver.spec.tokens != TokenRange(0, n - 1):
                 return EngineError(
@@ -307,7 +299,7 @@ class DecodeLife:
                 )
         if not kv_memory.fits(desk.arena, desk.info.layout, self._capacity_tokens, self._received_end):
             return OutOfMemoryError(f"the KV of {self._capacity_tokens} tokens doesn't fit into this node's arena")
-        return check_tokens(self._context, desk.info.vocabulary, "prompt")
+        return None
 
     @property
     def _capacity_tokens(self) -> int:

@@ -14,6 +14,7 @@ from prfaas.services.engine.api import (
     DecodeRequest,
     DecodeTimeline,
     FinishReason,
+    PrefillRequest,
     SamplingParams,
     TokenEvent,
 )
@@ -89,10 +90,6 @@ async def test_eight_at_once_share_their_steps(engine: EmulatedEngine) -> None:
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (DecodeRequest("r", [], 4, GREEDY), RequestError),
-        (DecodeRequest("r", [1, 300], 4, GREEDY), RequestError),
-        (DecodeRequest("r", [1, -1], 4, GREEDY), RequestError),
-        (DecodeRequest("r", [1], 300_000, GREEDY), RequestError),
         (DecodeRequest("r", [1] * 100, 200_000, GREEDY), OutOfMemoryError),
         (DecodeRequest("r", [1] * 100, 40, GREEDY, timeout_s=0.0), TimeoutError),
     ],
@@ -102,6 +99,29 @@ async def test_what_cannot_be_done_ends_the_iterator(
 ) -> None:
     with pytest.raises(error):
         await run(engine, bad)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [
+        ([], 4, "empty"),
+        ([1, 300], 4, "token ids must be from 0 to 256; 300 at position 1 is not"),
+        ([1, -1], 4, "-1 at position 1"),
+        ([1 << 40], 4, "1099511627776 at position 0"),
+        ([1, "x"], 4, "must be token ids"),
+        ([1], 300_000, "300001 tokens"),
+    ],
+)
+async def test_what_is_wrong_is_told_at_once(
+    engine: EmulatedEngine, prompt: list[int], max_tokens: int, words: str
+) -> None:
+    """RequestError of the call itself, of either role's; nothing runs."""
+    with pytest.raises(RequestError, match=words):
+        engine.decode(DecodeRequest("r", prompt, max_tokens, GREEDY), [])
+    if max_tokens == 4:
+        with pytest.raises(RequestError, match=words):
+            engine.prefill(PrefillRequest("r", prompt), [])
+    assert engine.load().running_requests == engine.load().queued_requests == 0
 
 
 async def test_a_request_waits_for_memory_and_then_runs(engine: EmulatedEngine) -> None:

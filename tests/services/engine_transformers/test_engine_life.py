@@ -503,17 +503,17 @@ async def test_timeouts(engine: Any, toolbox: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "words"),
     [
-        ({"prompt_token_ids": [5, 1000, 7]}, "prompt", "token id 1000 at position 1 is outside the vocabulary of 1000"),
-        ({"prompt_token_ids": [5, -1]}, "prompt", "token id -1"),
+        ({"prompt_token_ids": [5, 1000, 7]}, "prompt", "token ids must be from 0 to 999; 1000 at position 1 is not"),
+        ({"prompt_token_ids": [5, -1]}, "prompt", "-1 at position 1"),
         ({"prompt_token_ids": []}, "prompt", "empty"),
         ({"prompt_token_ids": [5] * 4000, "max_output_tokens": 97}, "prompt", "4097 tokens"),
         ({"max_output_tokens": 0}, "max_tokens", "at least 1"),
     ],
 )
 async def test_wrong_requests(changes: dict[str, Any], param: str, words: str, engine: Any, toolbox: Any) -> None:
-    """RequestError names the field; the engine goes on."""
+    """RequestError names the field, when the engine is called, not later; the engine goes on."""
     with pytest.raises(RequestError, match=words) as caught:
-        await toolbox.collect(engine.decode(replace(request(8), **changes), []))
+        engine.decode(replace(request(8), **changes), [])
     assert caught.value.param == param
     assert len(await tokens_of(engine, toolbox, PROMPT, 2)) == 2
 

@@ -203,6 +203,39 @@ async def test_a_prefill_node_must_get_the_prompt_of_the_ticket(cluster: Any, ma
     assert "the ticket is for 12 tokens, the prompt has 13" in await stream.response.text()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (list(b"thirteen byte"), "the ticket is for 12 tokens, the prompt has 13"),
+        ([*b"eleven byte", 999], "token ids must be from 0 to 256"),
+    ],
+)
+async def test_a_prefill_that_is_refused_leaves_no_sender(
+    cluster: Any, make_call: Any, monkeypatch: pytest.MonkeyPatch, prompt: list[int], words: str
+) -> None:
+    """What is known at once is a 400, before the stream begins, and the sender that was made for it is closed: it would
+    hold its session open."""
+    prefill, decode = await cluster.node("prefill"), await cluster.node("decode")
+    make, made = prefill.endpoint.sender, []
+    monkeypatch.setattr(prefill.endpoint, "sender", lambda *arguments: made.append(make(*arguments)) or made[-1])
+    _, ticket = await cluster.decode(decode, make_call(b"twelve bytes"))
+    stream = await cluster.prefill(prefill, decode, make_call(prompt), ticket)
+    assert stream.status == 400
+    assert words in await stream.response.text()
+    [sender] = made
+    assert sender.failed is not None
+
+
+async def test_a_decode_that_is_refused_holds_no_ticket(cluster: Any, make_call: Any) -> None:
+    """The receiver that was made for it is closed, so that nobody waits for an OPEN."""
+    decode = await cluster.node("decode")
+    for _ in range(3):
+        stream = await cluster.post(decode.url, "decode", make_call([1, 2, 999]))
+        assert stream.status == 400
+    metrics = decode.metrics.render().decode()
+    assert 'prfaas_transport_transfers_total{direction="received",outcome="cancelled"} 3.0' in metrics
+
+
 async def test_calls_without_the_secret_are_refused(cluster: Any, make_call: Any) -> None:
     node = await cluster.node("decode")
     for path in ("decode", "prefill"):
@@ -216,6 +249,8 @@ async def test_calls_without_the_secret_are_refused(cluster: Any, make_call: Any
         ({"prompt_token_ids": []}, "prompt"),
         ({"prompt_token_ids": [1, 999]}, "prompt"),
         ({"prompt_token_ids": [-1]}, "prompt"),
+        ({"prompt_token_ids": [1], "output_token_ids": [999]}, "prompt"),
+        ({"prompt_token_ids": [1], "output_token_ids": [999], "max_output_tokens": 1}, "prompt"),
         ({"max_output_tokens": 0}, "max_tokens"),
         ({"max_output_tokens": 1 << 20}, "max_tokens"),
         ({"prompt_token_ids": [1] * 262_144}, "max_tokens"),
