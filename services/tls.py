@@ -36,10 +36,10 @@ def warn_if_open(binds: Mapping[str, str], tls: Tls | None) -> None:
         )
 
 
-def url_problems(urls: Mapping[str, Iterable[str]], tls: Tls | None) -> list[str]:
+def url_problems(urls: Mapping[str, Iterable[str]], encrypted: bool) -> list[str]:
     """Of URLs by their setting's name: https with [tls], else http."""
-    wanted = "http" if tls is None else "https"
-    reason = "without [tls] it must be" if tls is None else "with [tls] it must be"
+    wanted = "https" if encrypted else "http"
+    reason = "with [tls] it must be" if encrypted else "without [tls] it must be"
     return [
         f"{key} = {url!r}: {reason} {wanted}://..."
         for key, given in urls.items()

@@ -6,11 +6,13 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import resource
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +28,12 @@ from rich.text import Text
 Status = Literal["ok", "warn", "fail"]
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 SYSCTL = Path("/proc/sys/net/ipv4")
+CORE_SYSCTL = Path("/proc/sys/net/core")
 # A lane over a WAN keeps rate x round trip in flight: 4 MiB carry 400 Mbit/s over 80 ms.
 WANTED_SOCKET_BYTES = 4 << 20
 WANTED_FILES = 4096
+RENEW_S = 14 * 86400.0
+"""A certificate that ends sooner is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         config = Config()
     else:
         findings += check_config(config, given.config)
-    findings += check_kernel(config.transport.congestion_control)
+    findings += check_kernel(config.transport.congestion_control, config.transport.socket_buffer_bytes)
     healthy = all(finding.status != "fail" for finding in findings)
     if given.json:
         print(json.dumps({"ok": healthy, "checks": [asdict(finding) for finding in findings]}))
@@ -124,6 +129,7 @@ def _installed(name: str) -> bool:
 def check_config(config: Config, file_name: str | None) -> Iterator[Finding]:
     yield Finding("config", "ok", f"{file_name} is valid" if file_name else "defaults, flags and PRFAAS_* are valid")
     yield from _check_secret(config)
+    yield from check_tls(config, time.time())
     for key, bind in (
         ("router.bind", config.router.bind),
         ("node.bind", config.node.bind),
@@ -161,6 +167,49 @@ def _check_private_file(path: Path) -> Finding:
     if mode & 0o077:
         return Finding("secret", "warn", f"others may read {path}", f"chmod 600 {path}")
     return Finding("secret", "ok", f"{path} is there and private")
+
+
+def check_tls(config: Config, now_s: float) -> Iterator[Finding]:
+    """The files of [tls], or that there are none although others can listen. now_s: wall clock."""
+    tls = config.tls
+    if not tls.enabled:
+        binds = {
+            "router.bind": config.router.bind,
+            "node.bind": config.node.bind,
+            "transport.bind": config.transport.bind,
+        }
+        exposed = [f"{key} = {bind}" for key, bind in binds.items() if not is_loopback(parse_address(bind)[0])]
+        if exposed:
+            text = f"nothing is encrypted, and others can reach {', '.join(exposed)}"
+            yield Finding("tls", "warn", text, "set [tls]: prfaas certs init makes certificates")
+        return
+    from prfaas.services.tls import url_problems
+    from prfaas.transport.certificates import read_credentials
+
+    try:
+        credentials = read_credentials(tls, now_s)
+    except ConfigError as error:
+        yield from (
+            Finding("tls", "fail", problem, "prfaas certs init makes a set that fits") for problem in error.problems
+        )
+        return
+    with contextlib.suppress(OSError):
+        if Path(tls.key_file).stat().st_mode & 0o077:
+            yield Finding("tls", "fail", f"others may read {tls.key_file}", f"chmod 600 {tls.key_file}")
+    identity = credentials.identity
+    named = [name for name in (config.node.name, config.router.name) if name]
+    if config.node.name and identity.name not in named:
+        text = f"the certificate is {identity.name}'s, but node.name = {config.node.name!r}"
+        yield Finding("tls", "fail", text, f"set node.name to {identity.name}, or tls.cert_file to its own")
+    if identity.roles != {"router"}:
+        urls = {"node.advertise": (config.node.advertise,), "node.routers": config.node.routers}
+        yield from (Finding("tls", "fail", problem, "correct the URL") for problem in url_problems(urls, tls.enabled))
+    left_days = (credentials.not_after_s - now_s) / 86400
+    if credentials.not_after_s - now_s < RENEW_S:
+        text = f"the certificate of {identity} expires in {left_days:.1f} days"
+        yield Finding("tls", "warn", text, "renew it: prfaas certs init --force; running processes take it up")
+    else:
+        yield Finding("tls", "ok", f"certificate of {identity}, good for {left_days:.0f} days, signed by the CA")
 
 
 def check_port(key: str, bind: str) -> Finding:
@@ -215,7 +264,7 @@ def check_model(name: str) -> Finding:
 # -- the kernel -------------------------------------------------------------------------------------------------------
 
 
-def check_kernel(congestion_control: str) -> Iterator[Finding]:
+def check_kernel(congestion_control: str, socket_buffer_bytes: int = 0) -> Iterator[Finding]:
     """Settings that bound what one lane carries over a WAN."""
     for name, mend_values in (("tcp_wmem", "4096 65536 16777216"), ("tcp_rmem", "4096 131072 16777216")):
         values = _sysctl(name)
@@ -226,11 +275,16 @@ def check_kernel(congestion_control: str) -> Iterator[Finding]:
             yield Finding("kernel", "warn", text, f"sysctl -w net.ipv4.{name}='{mend_values}'")
         else:
             yield Finding("kernel", "ok", f"net.ipv4.{name} allows {most >> 20} MiB a lane")
+    yield from _check_fixed_buffers(socket_buffer_bytes)
     available = _sysctl("tcp_available_congestion_control")
     for wanted in dict.fromkeys(name for name in (congestion_control, "bbr") if name):
         if wanted not in available:
             text = f"congestion control {wanted} is not there (available: {' '.join(available) or 'unknown'})"
             yield Finding("kernel", "warn", text, f"modprobe tcp_{wanted}")
+        elif wanted not in (allowed := _sysctl("tcp_allowed_congestion_control")) and os.geteuid() != 0:
+            text = f"congestion control {wanted} is there, but only root may choose it"
+            mend = f"sysctl -w net.ipv4.tcp_allowed_congestion_control='{' '.join([*allowed, wanted])}'"
+            yield Finding("kernel", "warn", text, mend)
         else:
             yield Finding("kernel", "ok", f"congestion control {wanted} is available")
     if _sysctl("tcp_slow_start_after_idle") == ["1"]:
@@ -244,8 +298,23 @@ def check_kernel(congestion_control: str) -> Iterator[Finding]:
         yield Finding("kernel", "ok", f"a process may open {'any number of' if soft < 0 else soft} files")
 
 
-def _sysctl(name: str) -> list[str]:
+def _check_fixed_buffers(socket_buffer_bytes: int) -> Iterator[Finding]:
+    """net.core bounds only buffers that a program sets; those that the kernel sizes are tcp_wmem's and tcp_rmem's."""
+    for name in ("wmem_max", "rmem_max"):
+        values = _sysctl(name, CORE_SYSCTL)
+        if not values:
+            yield Finding("kernel", "warn", f"net.core.{name} can't be read")
+        elif int(values[0]) < socket_buffer_bytes:
+            text = f"net.core.{name} = {values[0]} cuts transport.socket_buffer_bytes = {socket_buffer_bytes}"
+            mend = f"sysctl -w net.core.{name}={socket_buffer_bytes}, or set it to 0: the kernel then sizes buffers"
+            yield Finding("kernel", "warn", text, mend)
+        else:
+            used = "enough" if socket_buffer_bytes else "not used: the kernel sizes the buffers"
+            yield Finding("kernel", "ok", f"net.core.{name} = {int(values[0]) >> 10} KiB, {used}")
+
+
+def _sysctl(name: str, under: Path | None = None) -> list[str]:
     try:
-        return (SYSCTL / name).read_text().split()
+        return ((under or SYSCTL) / name).read_text().split()
     except OSError:
         return []

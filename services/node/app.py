@@ -266,7 +266,7 @@ def _check_addresses(config: Config, tls: Tls | None) -> None:
     """Before a model is loaded for nothing. Raises ConfigError."""
     _url(*parse_address(config.node.bind), config.node.advertise, tls)
     urls = {"node.advertise": (config.node.advertise,), "node.routers": config.node.routers}
-    problems = services_tls.url_problems(urls, tls)
+    problems = services_tls.url_problems(urls, tls is not None)
     if tls is not None and config.transport.backend != "tcp":
         problems.append(f"transport.backend = {config.transport.backend!r} is not encrypted: with [tls] it must be tcp")
     if problems:

@@ -21,7 +21,7 @@ from prfaas.transport.api import TransferSpec
 from prfaas.transport.connection import SINK_BYTES, ChunkArrived, Control, LaneConnection, LaneState
 from prfaas.transport.frames import HEADER, HEADER_BYTES, FrameHeader, FrameType, Hello
 from prfaas.transport.handshake import check_hello, signed
-from prfaas.transport.ticket import read_claims
+from prfaas.transport.ticket import TicketBook, read_claims
 from prfaas.transport.transfer import Placement, ReceivingTransfer
 
 from tests.fuzz.hostile_frames import HostileFrames

@@ -8,8 +8,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from prfaas.common.config import TlsConfig
 from prfaas.services.__main__ import main
 from prfaas.services.commands import doctor
+
+from tests.certificates import make_certificates
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,7 @@ def test_text_has_one_line_a_finding(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_every_mistake_in_a_file_is_a_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "cluster.toml"
-    file.write_text("[node]\nbimd = 'x'\n[transport]\nlanes = 0\n")
+    file.write_text("[node]\nbimd = 'x'\n[transport]\nlanes = 65\n")
     status, checks = _run(capsys, "--config", str(file))
     assert status == 1
     assert len([c for c in checks if c["name"] == "config" and c["status"] == "fail"]) == 2
@@ -94,6 +97,87 @@ def test_only_verified_model_types_pass(tmp_path: Path, model_type: str, status:
 
 def test_a_model_that_is_not_here_yet_is_a_warning() -> None:
     assert doctor.check_model("smollm2").status == "warn"
+
+
+def _tls_flags(files: TlsConfig) -> list[str]:
+    return ["--tls-ca-file", files.ca_file, "--tls-cert-file", files.cert_file, "--tls-key-file", files.key_file]
+
+
+def _tls(checks: list[dict[str, str]]) -> list[tuple[str, str]]:
+    return [(check["status"], check["message"]) for check in checks if check["name"] == "tls"]
+
+
+ROUTERS = ["--routers", "https://127.0.0.1:8000"]
+
+
+def test_good_certificates_pass(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = make_certificates(tmp_path, "d1:decode")["d1"]
+    status, checks = _run(capsys, *QUIET, *ROUTERS, *_tls_flags(files), "--name", "d1")
+    assert status == 0
+    [(verdict, text)] = _tls(checks)
+    assert verdict == "ok"
+    assert "d1 (decode), good for 36" in text
+
+
+def test_each_mistake_with_certificates_is_a_finding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A key that others may read, another node's certificate, http URLs, one that ends soon, one that has ended, a key
+    of another, a CA of another."""
+    files = make_certificates(tmp_path, "d1:decode", "d2:decode")
+    Path(files["d1"].key_file).chmod(0o640)
+    status, checks = _run(capsys, *QUIET, *_tls_flags(files["d1"]), "--name", "d2")
+    assert status == 1
+    told = [text for verdict, text in _tls(checks) if verdict == "fail"]
+    assert any("others may read" in text for text in told)
+    assert any("is d1's, but node.name = 'd2'" in text for text in told)
+    assert any("node.routers" in text for text in told)
+
+    def after(age_days: int) -> list[tuple[str, str]]:
+        old = make_certificates(tmp_path, "d2:decode", force=True, age_days=age_days)["d2"]
+        return _tls(_run(capsys, *QUIET, *ROUTERS, *_tls_flags(old), "--name", "d2")[1])
+
+    [(verdict, text)] = after(360)
+    assert (verdict, "expires in 5.0 days" in text) == ("warn", True)
+    [(verdict, text)] = after(400)
+    assert (verdict, "expired on" in text) == ("fail", True)
+    mixed = TlsConfig(files["d1"].ca_file, files["d1"].cert_file, files["d2"].key_file)
+    assert "is not the key of" in _tls(_run(capsys, *QUIET, *_tls_flags(mixed))[1])[0][1]
+    other = make_certificates(tmp_path / "other", "d1:decode")["d1"]
+    foreign = TlsConfig(other.ca_file, files["d1"].cert_file, files["d1"].key_file)
+    assert "is not signed by" in _tls(_run(capsys, *QUIET, *_tls_flags(foreign))[1])[0][1]
+
+
+def test_an_open_address_without_tls_is_a_warning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One, that names the addresses; loopback has none."""
+    [(verdict, text)] = _tls(_run(capsys, *QUIET, "--bind", "0.0.0.0:0", "--kv-bind", "0.0.0.0:0")[1])
+    assert verdict == "warn"
+    assert "node.bind = 0.0.0.0:0, transport.bind = 0.0.0.0:0" in text
+    assert _tls(_run(capsys, *QUIET)[1]) == []
+
+
+@pytest.mark.parametrize(("user", "status"), [(0, "ok"), (1000, "warn")])
+def test_bbr_that_only_root_may_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, status: str) -> None:
+    """The mend keeps what is allowed now."""
+    (tmp_path / "tcp_available_congestion_control").write_text("reno cubic bbr\n")
+    (tmp_path / "tcp_allowed_congestion_control").write_text("reno cubic\n")
+    monkeypatch.setattr(doctor, "SYSCTL", tmp_path)
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: user)
+    [bbr] = [f for f in doctor.check_kernel("cubic") if "congestion control bbr" in f.message]
+    assert bbr.status == status
+    assert bbr.mend == ("" if user == 0 else "sysctl -w net.ipv4.tcp_allowed_congestion_control='reno cubic bbr'")
+
+
+def test_buffers_that_the_kernel_would_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where transport.socket_buffer_bytes asks for more than net.core allows."""
+    for name in ("wmem_max", "rmem_max"):
+        (tmp_path / name).write_text("212992\n")
+    monkeypatch.setattr(doctor, "CORE_SYSCTL", tmp_path)
+
+    def verdicts(wanted: int) -> list[tuple[str, str]]:
+        return [(f.status, f.mend) for f in doctor.check_kernel("", wanted) if "net.core" in f.message]
+
+    assert [status for status, _ in verdicts(0)] == ["ok", "ok"]
+    assert [status for status, _ in verdicts(1 << 20)] == ["warn", "warn"]
+    assert "sysctl -w net.core.wmem_max=1048576" in verdicts(1 << 20)[0][1]
 
 
 def test_kernel_limits_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
