@@ -108,7 +108,7 @@ def measure_speed(
     from prfaas.services.commands import codec_speed
 
     chunks = capture.chunks(options.chunk_kib * 1024, options.step_tokens)
-    contenders: list[codec_speed.Contender] = [codec_speed.PlainZstd()]
+    contenders: list[codec_speed.Contender] = [codec_speed.PlainZstd(), codec_speed.PlainZstdByPlane()]
     contenders += [codec_speed.CodecContender(codec) for codec in codecs]
     turns = [0, len(contenders) * (options.repetitions + 1)]
 
@@ -116,7 +116,7 @@ def measure_speed(
         turns[0] += 1
         progress("measuring speed", *turns)
 
-    baseline, *speeds = codec_speed.measure(contenders, capture, chunks, options.repetitions, tick)
+    baseline, by_plane, *speeds = codec_speed.measure(contenders, capture, chunks, options.repetitions, tick)
     return {
         "model": capture.model,
         "prompt_tokens": len(capture.prompt_token_ids),
@@ -124,6 +124,7 @@ def measure_speed(
         "chunks": len(chunks),
         "repetitions": options.repetitions,
         "baseline": _speed_report(baseline, baseline),
+        "baseline_by_plane": _speed_report(by_plane, baseline),
         "codecs": [_speed_report(speed, baseline) for speed in speeds],
     }
 
@@ -194,9 +195,9 @@ def effect_case(capture: KvCapture, lossy: Sequence[Codec], chunk_bytes: int, st
 
 
 def _by_kind(name: str, effects: dict[str, Effect]) -> dict[str, Any]:
-    """Only this kind of tensor lossy, the others exact."""
+    """With only this kind of tensor lossy, the others exact."""
     return {
-        variant.removeprefix(f"{name} "): {key: effect.report()[key] for key in ("kl_nats", "top1_same")}
+        variant.removeprefix(f"{name} "): {key: effect.report()[key] for key in ("continuation", "text")}
         for variant, effect in effects.items()
         if variant.startswith(f"{name} ")
     }
@@ -211,50 +212,53 @@ def as_text(report: dict[str, Any]) -> str:
         f"{megabytes:.1f} MB of KV ({report['model']}, {report['prompt_tokens']} tokens) in {report['chunks']} chunks; "
         f"MB/s per core, median of {report['repetitions']}",
         "",
-        f"{'codec':14} {'ratio':>6} {'encode':>8} {'decode':>8}   of plain zstd-1   by kind",
+        f"{'codec':15} {'ratio':>6} {'encode':>8} {'decode':>8}   of plain zstd-1   by kind",
     ]
-    lines += [_speed_line(entry) for entry in (report["baseline"], *report["codecs"])]
+    lines += [_speed_line(entry) for entry in _speeds_of(report)]
     if any("effect" in entry for entry in report["codecs"]):
         lines += ["", *_effect_lines(report)]
     return "\n".join(lines)
 
 
+def _speeds_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [report["baseline"], report["baseline_by_plane"], *report["codecs"]]
+
+
 def _effect_lines(report: dict[str, Any]) -> Iterator[str]:
     prompts = ", ".join(map(str, report["effect_prompt_tokens"]))
     yield f"effect on {report['effect_tokens']} tokens after prompts of {prompts} tokens ({EXACT}: the same KV again)"
-    yield (
-        f"{'codec':14} {'greedy':>7} {'top1':>7} {'KL, nats':>9} {'perplexity':>11} {'of the text':>12}   equal until"
-    )
+    yield f"{'':15} {'':>7}  {'given the greedy tokens':^27}  {'given how the text goes on':^27}  writing on by itself"
+    same = f"{'KL, nats':>9} {'top-1':>7} {'perplexity':>10}"
+    yield f"{'codec':15} {'greedy':>7} {same} {same}  equal until"
     yield _effect_line(EXACT, report["effect_control"])
     for entry in report["codecs"]:
-        if "effect" not in entry:
-            continue
-        yield _effect_line(entry["codec"], entry["effect"])
-        for kind, effect in entry["effect_by_kind"].items():
-            label = f"  {kind} only"
-            yield f"{label:14} {'':>7} {_percent(effect['top1_same'])} {effect['kl_nats']:>9.5f}"
+        if "effect" in entry:
+            yield _effect_line(entry["codec"], entry["effect"])
+            for kind, effect in entry["effect_by_kind"].items():
+                yield _effect_line(f"  {kind} only", effect)
 
 
 def _speed_line(entry: dict[str, Any]) -> str:
     kinds = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in entry["ratio_by_kind"].items())
     relative = f"{entry['encode_to_baseline']:>6.2f} / {entry['decode_to_baseline']:<6.2f}"
     return (
-        f"{entry['codec']:14} {entry['ratio']:>6.3f} {entry['encode_mb_per_s']:>8.0f} {entry['decode_mb_per_s']:>8.0f}"
+        f"{entry['codec']:15} {entry['ratio']:>6.3f} {entry['encode_mb_per_s']:>8.0f} {entry['decode_mb_per_s']:>8.0f}"
         f"   {relative}   {kinds}"
     )
 
 
 def _effect_line(name: str, effect: dict[str, Any]) -> str:
-    changes = " ".join(map(str, effect["first_change"] or ()))
-    return (
-        f"{name:14} {_percent(effect['greedy_same'])} {_percent(effect['top1_same'])} {effect['kl_nats']:>9.5f} "
-        f"{_change(effect['perplexity_change']):>11} {_change(effect['text_perplexity_change']):>12}   {changes}"
-    )
+    changes = " ".join(map(str, effect.get("first_change") or ()))
+    compared = f"{_comparison(effect['continuation'])} {_comparison(effect['text'])}"
+    return f"{name:15} {_percent(effect.get('greedy_same'))} {compared}  {changes}".rstrip()
+
+
+def _comparison(found: dict[str, float] | None) -> str:
+    if found is None:
+        return f"{'-':>9} {'-':>7} {'-':>10}"
+    change = f"{100 * found['perplexity_change']:+.2f}%"
+    return f"{found['kl_nats']:>9.5f} {_percent(found['top1_same'])} {change:>10}"
 
 
 def _percent(share: float | None) -> str:
-    return f"{'-':>7}" if share is None else f"{100 * share:>6.1f}%"
-
-
-def _change(change: float | None) -> str:
-    return "-" if change is None else f"{100 * change:+.2f}%"
+    return f"{'':>7}" if share is None else f"{100 * share:>6.1f}%"

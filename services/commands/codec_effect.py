@@ -8,19 +8,21 @@
                      kl_nats        mean over positions of KL(exact || lossy) of the next token's distribution
                      top1_same      share of positions with the same most likely token
                      perplexity     of c, exp of the mean −log p
-    text             the same, given how the text really goes on after the prompt: its perplexity under both
+    text             kl_nats, top1_same and perplexity, given how the text really goes on after the prompt
 
 A greedy continuation that has changed once is another text, so greedy_same says mostly when that happened, and one
-near-tie decides it; kl_nats and the perplexity of the real text are steadier.
+near-tie decides it. A small model's greedy text also falls into loops, which are easy to predict. The figures on the
+real text are the steadiest, and the strictest.
 
 `Model` is what the engine gives (services/engine/transformers/offline.py); nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,45 +53,63 @@ class Case(NamedTuple):
 
 
 @dataclass(slots=True)
-class Effect:
-    """Sums over positions of all prompts; the properties are what is reported. None: nothing was measured."""
+class Comparison:
+    """Sums over positions at which both were given the same tokens; `nll`: −log p of the token that was given."""
 
     positions: int = 0
     kl_nats_sum: float = 0.0
     top1_same_sum: int = 0
     exact_nll_sum: float = 0.0
     lossy_nll_sum: float = 0.0
-    text_positions: int = 0
-    exact_text_nll_sum: float = 0.0
-    lossy_text_nll_sum: float = 0.0
+
+    def note(self, exact: Logits, lossy: Logits, given: NDArray[np.int64]) -> None:
+        """`exact`, `lossy`: log-probabilities [positions, vocabulary]; `given`: the token at each position."""
+        rows = np.arange(len(given))
+        self.positions += len(given)
+        self.kl_nats_sum += float((np.exp(exact) * (exact - lossy)).sum(dtype=np.float64))
+        self.top1_same_sum += int((exact.argmax(1) == lossy.argmax(1)).sum())
+        self.exact_nll_sum -= float(exact[rows, given].sum(dtype=np.float64))
+        self.lossy_nll_sum -= float(lossy[rows, given].sum(dtype=np.float64))
+
+    def report(self) -> dict[str, float] | None:
+        """None: nothing was compared. perplexity_change is relative: 0.01 = one percent higher."""
+        if not self.positions:
+            return None
+        return {
+            "kl_nats": self.kl_nats_sum / self.positions,
+            "top1_same": self.top1_same_sum / self.positions,
+            "perplexity_exact": math.exp(self.exact_nll_sum / self.positions),
+            "perplexity": math.exp(self.lossy_nll_sum / self.positions),
+            "perplexity_change": math.expm1((self.lossy_nll_sum - self.exact_nll_sum) / self.positions),
+        }
+
+
+@dataclass(slots=True)
+class Effect:
+    """Of one variant, over all prompts."""
+
+    continuation: Comparison = field(default_factory=Comparison)
+    """Given the reference's greedy continuation."""
+    text: Comparison = field(default_factory=Comparison)
+    """Given how the text goes on."""
     greedy_positions: int = 0
     greedy_same_sum: int = 0
     first_changes: list[int] = field(default_factory=list)
 
-    def report(self) -> dict[str, float | list[int] | None]:
+    def note_greedy(self, reference: Sequence[int], found: Sequence[int]) -> None:
+        same = [a == b for a, b in zip(reference, found, strict=True)]
+        self.greedy_positions += len(same)
+        self.greedy_same_sum += sum(same)
+        self.first_changes.append(same.index(False) if False in same else len(same))
+
+    def report(self) -> dict[str, Any]:
+        """None: not measured."""
         return {
-            "greedy_same": _share(self.greedy_same_sum, self.greedy_positions),
+            "greedy_same": self.greedy_same_sum / self.greedy_positions if self.greedy_positions else None,
             "first_change": self.first_changes or None,
-            "top1_same": _share(self.top1_same_sum, self.positions),
-            "kl_nats": _share(self.kl_nats_sum, self.positions),
-            "perplexity_change": _change(self.exact_nll_sum, self.lossy_nll_sum, self.positions),
-            "text_perplexity_exact": _perplexity(self.exact_text_nll_sum, self.text_positions),
-            "text_perplexity": _perplexity(self.lossy_text_nll_sum, self.text_positions),
-            "text_perplexity_change": _change(self.exact_text_nll_sum, self.lossy_text_nll_sum, self.text_positions),
+            "continuation": self.continuation.report(),
+            "text": self.text.report(),
         }
-
-
-def _share(total: float, positions: int) -> float | None:
-    return total / positions if positions else None
-
-
-def _perplexity(nll_sum: float, positions: int) -> float | None:
-    return float(np.exp(nll_sum / positions)) if positions else None
-
-
-def _change(exact_sum: float, lossy_sum: float, positions: int) -> float | None:
-    """Relative: 0.01 = a perplexity one percent higher."""
-    return float(np.expm1((lossy_sum - exact_sum) / positions)) if positions else None
 
 
 Tick = Callable[[str, int, int], None]
@@ -109,10 +129,10 @@ def measure(
         tick("comparing distributions", number, len(cases))
         for exact, lossy, given in _aligned(model, case, list(case.lossy), reference):
             for name, other in lossy.items():
-                note_forced(effects[name], exact, other, given)
-        for exact, lossy, given in _aligned(model, case, free_running, case.text[:tokens]):
+                effects[name].continuation.note(exact, other, given)
+        for exact, lossy, given in _aligned(model, case, list(case.lossy), case.text[:tokens]):
             for name, other in lossy.items():
-                note_text(effects[name], exact, other, given)
+                effects[name].text.note(exact, other, given)
     return effects
 
 
@@ -148,32 +168,8 @@ def _greedy(
     for at in range(0, len(outputs), len(names) + 1):
         references.append(outputs[at])
         for name, found in zip(names, outputs[at + 1 : at + 1 + len(names)], strict=True):
-            note_greedy(effects[name], outputs[at], found)
+            effects[name].note_greedy(outputs[at], found)
     return references
-
-
-def note_greedy(effect: Effect, reference: Sequence[int], found: Sequence[int]) -> None:
-    same = [a == b for a, b in zip(reference, found, strict=True)]
-    effect.greedy_positions += len(same)
-    effect.greedy_same_sum += sum(same)
-    effect.first_changes.append(same.index(False) if False in same else len(same))
-
-
-def note_forced(effect: Effect, exact: Logits, lossy: Logits, given: NDArray[np.int64]) -> None:
-    """`exact`, `lossy`: log-probabilities [positions, vocabulary]; `given`: the token at each position."""
-    rows = np.arange(len(given))
-    effect.positions += len(given)
-    effect.kl_nats_sum += float((np.exp(exact) * (exact - lossy)).sum(dtype=np.float64))
-    effect.top1_same_sum += int((exact.argmax(1) == lossy.argmax(1)).sum())
-    effect.exact_nll_sum -= float(exact[rows, given].sum(dtype=np.float64))
-    effect.lossy_nll_sum -= float(lossy[rows, given].sum(dtype=np.float64))
-
-
-def note_text(effect: Effect, exact: Logits, lossy: Logits, given: NDArray[np.int64]) -> None:
-    rows = np.arange(len(given))
-    effect.text_positions += len(given)
-    effect.exact_text_nll_sum -= float(exact[rows, given].sum(dtype=np.float64))
-    effect.lossy_text_nll_sum -= float(lossy[rows, given].sum(dtype=np.float64))
 
 
 def _aligned(
