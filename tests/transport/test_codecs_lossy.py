@@ -15,7 +15,7 @@ from prfaas.common.kv_layout import DTYPE_BYTES, TensorKind
 from prfaas.transport.codecs.api import ChunkForm, CodecError
 from prfaas.transport.codecs.floats import FLOAT_TYPES, from_float32, to_float32
 from prfaas.transport.codecs.registry import CODECS, LOSSLESS_NAMES, codec_by_name
-from prfaas.transport.codecs.sections import SectionReader, SectionWriter
+from prfaas.transport.codecs.sections import Method, SectionReader, SectionWriter
 
 LOSSY = [number for number, codec in sorted(CODECS.items()) if not codec.lossless]
 STATES = (TensorKind.CONV, TensorKind.RECURRENT)
@@ -258,7 +258,7 @@ def test_fp8_gives_back_what_e4m3_holds() -> None:
 def test_a_section_bomb_is_refused_before_it_is_made() -> None:
     """A frame that announces more than its section holds."""
     writer = SectionWriter()
-    writer.compress(np.zeros(1 << 24, np.uint8))
+    writer.compress(np.zeros(1 << 24, np.uint8), Method.ENTROPY)
     wire = writer.join(b"", 1 << 30)
     assert wire is not None
     with pytest.raises(CodecError, match="announces 16777216 bytes, not 1000"):

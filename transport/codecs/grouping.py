@@ -20,7 +20,7 @@ from prfaas.transport.codecs.api import ChunkForm
 
 GROUP = 128
 _SMALLEST_GROUP = 32
-_SLAB_ELEMENTS = 1 << 16  # as float32 it stays in a core's cache
+_SLAB_ELEMENTS = 1 << 15  # as float32 it stays in a core's cache
 
 
 class Slab(NamedTuple):

@@ -43,7 +43,7 @@ from prfaas.transport.codecs.floats import (
 )
 from prfaas.transport.codecs.grouping import Slab, count_groups, slabs, whole_elements
 from prfaas.transport.codecs.planes import from_planes, to_planes
-from prfaas.transport.codecs.sections import Bytes, SectionReader, SectionWriter
+from prfaas.transport.codecs.sections import Bytes, Method, SectionReader, SectionWriter
 
 _SMALLEST_STEP = np.float32(2.0**-126)
 
@@ -107,7 +107,7 @@ class _QuantisedCodec:
             return None
         writer = SectionWriter()
         scales.write(writer)
-        writer.compress(codes)
+        writer.compress(codes, Method.ENTROPY)
         return writer.join(b"", len(data))
 
     def decode(self, wire: memoryview, out: memoryview, form: ChunkForm) -> None:
@@ -251,11 +251,11 @@ def _kept(slab: Slab) -> tuple[int, int, int]:
 def _write_planes(writer: SectionWriter, values: NDArray[np.generic], dtype: str) -> None:
     planes = to_planes(values.view(np.uint8).data, dtype)
     for plane in planes.reshape(values.itemsize, len(values)):
-        writer.compress(plane)
+        writer.compress(plane, Method.ENTROPY)
 
 
 def _read_planes(reader: SectionReader, values: NDArray[np.generic], dtype: str) -> None:
-    planes = np.concatenate([reader.take(len(values)) for _ in range(values.itemsize)])
+    planes = [reader.take(len(values)) for _ in range(values.itemsize)]
     from_planes(planes, values.view(np.uint8).data, dtype)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from prfaas.transport.codecs.api import Codec
-from prfaas.transport.codecs.lz4 import Lz4Codec
+from prfaas.transport.codecs.lossless import LZ4, ZSTD
 from prfaas.transport.codecs.quantised import FP8, INT4, INT8
-from prfaas.transport.codecs.zstd import ZstdCodec
 
-_ALL: tuple[Codec, ...] = (Lz4Codec(), ZstdCodec(), INT8, FP8, INT4)
+_ALL: tuple[Codec, ...] = (LZ4, ZSTD, INT8, FP8, INT4)
 CODECS: Mapping[int, Codec] = MappingProxyType({codec.number: codec for codec in _ALL})
 CODEC_NAMES = ("raw", *(codec.name for codec in _ALL))
 LOSSLESS_NAMES = ("raw", *(codec.name for codec in _ALL if codec.lossless))
