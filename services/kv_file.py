@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 import msgspec
 import xxhash
 from prfaas.common.errors import ConfigError, SetupError
-from prfaas.common.kv_layout import DTYPE_BYTES, MAX_TOKENS, Extent, KvLayout, TensorKind, TensorLayout, TokenRange
+from prfaas.common.kv_layout import DTYPE_BYTES, MAX_TOKENS, Extent, KvLayout, TensorLayout, TokenRange
 from prfaas.transport.codecs.api import ChunkForm, form_of
 
 MAGIC = b"PRFAASKV"
@@ -160,13 +160,6 @@ def _cut_row(row: Row, chunk_bytes: int, step_tokens: int) -> Iterator[tuple[int
         origin = row.extent.token_start
         yield begin + (at - origin) * token_bytes, begin + (until - origin) * token_bytes
         at = until
-
-
-def bytes_by_kind(capture: KvCapture) -> dict[TensorKind, int]:
-    found: dict[TensorKind, int] = {}
-    for row in rows(capture.layout, capture.tokens):
-        found[row.tensor.kind] = found.get(row.tensor.kind, 0) + row.extent.row_bytes
-    return found
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

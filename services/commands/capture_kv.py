@@ -102,7 +102,7 @@ def load_model(name: str, progress: Progress) -> OfflineModel:
     progress("loading the model", 0, 0)
     from prfaas.services.engine.transformers.offline import OfflineModel
 
-    return OfflineModel(str(directory), name)
+    return OfflineModel(str(directory), Path(name).name if Path(name).is_dir() else name)
 
 
 def capture_text(model: OfflineModel, name: str, text: str | None, tokens: int | None, progress: Progress) -> KvCapture:
