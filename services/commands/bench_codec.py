@@ -59,7 +59,7 @@ def parser() -> Parser:
         "--effect-tokens", metavar="N", type=whole(0, 65536), default=512, help="tokens to judge by; 0: none [512]"
     )
     made.add_argument(
-        "--effect-prompts", metavar="N", type=whole(1, 16), default=4, help="prompt lengths: N equal steps to all [4]"
+        "--effect-prompts", metavar="N", type=whole(1, 16), default=2, help="prompt lengths: N equal steps to all [2]"
     )
     made.add_argument("--json", action="store_true", help="print one object instead")
     return made

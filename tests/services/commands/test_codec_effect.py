@@ -27,6 +27,7 @@ class FormulaModel:
         return logits
 
     def logits(self, prompt: Prompt, continuation: Sequence[int]) -> Iterator[Logits]:
+        assert continuation, "the engine has no place to put no token"
         fed = [prompt.token_ids[-1], *continuation[:-1]]
         for at in range(0, len(fed), 3):  # in blocks, as the engine gives them
             yield np.stack([self._logits(prompt.kv, last) for last in fed[at : at + 3]])
