@@ -26,7 +26,9 @@ commands:
   decode      a node that receives KVCache and generates
   doctor      checks this machine and a configuration, and names the mend
   certs init  makes a private CA and node certificates for TLS
+  capture-kv  the KV of a prompt, computed by the real model, in a file
   bench link  how fast KV lanes move bytes here
+  bench codec how small codecs make real KV, how fast, and at what cost
 
 Every command has --help with an example; services also have --help-all.
 Settings: one TOML file (--config), PRFAAS_* in the environment, flags; the
@@ -71,15 +73,36 @@ def _doctor(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-def _bench(argv: Sequence[str]) -> int:
-    if not argv or argv[0] != "link":
-        if argv and argv[0] in ("-h", "--help"):
-            sys.stdout.write("usage: prfaas bench link [flags]    (prfaas bench link --help)\n")
-            return 0
-        raise UsageError("name what to measure: prfaas bench link")
-    from prfaas.services.commands.bench_link import main
+def _capture_kv(argv: Sequence[str]) -> int:
+    from prfaas.services.commands.capture_kv import main
 
-    return main(argv[1:])
+    return main(argv)
+
+
+BENCH_HELP = """\
+usage: prfaas bench link | codec [flags]
+
+  link   KV lanes over loopback, beside bare sockets
+  codec  codecs on the real model's KV: ratio, speed, and what lossy ones cost
+
+example:
+  prfaas bench codec --help
+"""
+
+
+def _bench(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        sys.stdout.write(BENCH_HELP)
+        return 0
+    if not argv or argv[0] not in ("link", "codec"):
+        raise UsageError("name what to measure: prfaas bench link | codec")
+    if argv[0] == "codec":
+        from prfaas.services.commands.bench_codec import main as codec
+
+        return codec(argv[1:])
+    from prfaas.services.commands.bench_link import main as link
+
+    return link(argv[1:])
 
 
 def _certs(argv: Sequence[str]) -> int:
@@ -99,6 +122,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "decode": _decode,
     "demo": _demo,
     "doctor": _doctor,
+    "capture-kv": _capture_kv,
     "bench": _bench,
     "certs": _certs,
 }

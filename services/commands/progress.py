@@ -7,14 +7,16 @@ from collections.abc import Iterator
 
 from prfaas.services.model_store import Progress
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A callback for `ensure_model`; the bar appears with the first call and goes when the block ends."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+def progress_bar(*, counts: bool = False) -> Iterator[Progress]:
+    """A callback for `ensure_model`; the bar appears with the first call and goes when the block ends. `counts`: the
+    numbers are no bytes."""
+    amount = MofNCompleteColumn() if counts else DownloadColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn())
     console = Console(stderr=True)
     bar = Bar(*columns, console=console, transient=True)
     task = bar.add_task("", visible=False)

@@ -40,7 +40,7 @@ def test_help_fits_a_screen_and_has_an_example(command: str, capsys: pytest.Capt
 def test_the_commands_own_help_is_quick_and_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
-    assert all(f"\n  {command} " in told for command in [*COMMANDS, "bench link"])
+    assert all(f"\n  {command} " in told for command in [*COMMANDS, "capture-kv", "bench link", "bench codec"])
     assert len(told.splitlines()) <= 40
 
 
