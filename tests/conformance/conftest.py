@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import uvloop
 from prfaas.common.config import TransportConfig
-from prfaas.transport.lanes.api import Backend
+from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.memory import MemoryNetwork
 from prfaas.transport.lanes.tcp import TcpBackend
+from prfaas.transport.tls import Tls
 
+from tests.certificates import make_certificates
 from tests.conformance.kv_harness import FaultyBackend, MakeBackend
 
 
@@ -19,14 +22,37 @@ def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Cal
     return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 
-@pytest.fixture(params=["memory", "tcp"])
+@pytest.fixture(params=["memory", "tcp", "tls"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def backend(kind: str) -> MakeBackend:
+def backend(kind: str, tmp_path: Path) -> MakeBackend:
+    if kind == "tls":
+        return lambda config: TlsNetwork(config, tmp_path)
     return TcpBackend if kind == "tcp" else lambda _config: MemoryNetwork()
+
+
+class TlsNetwork:
+    """TCP with TLS; each node has its own certificate, of one CA."""
+
+    def __init__(self, config: TransportConfig, directory: Path) -> None:
+        self._config = config
+        self._directory = directory
+        self._nodes: dict[str, TcpBackend] = {}
+
+    def of(self, node: str) -> Backend:
+        if node not in self._nodes:
+            made = make_certificates(self._directory, f"{node}:prefill+decode", force=True)
+            self._nodes[node] = TcpBackend(self._config, Tls(made[node]))
+        return self._nodes[node]
+
+    async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        return await self.of("listener").listen(host, port, handler)
+
+    async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
+        await self.of("dialler").dial(host, port, handler)
 
 
 @pytest.fixture
