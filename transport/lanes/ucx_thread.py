@@ -38,7 +38,7 @@ from prfaas.transport.lanes.ucx_wire import (
     put_header,
 )
 
-SPARE_RECEIVES = 4
+SPARE_RECEIVES = 2
 """Beyond the window: for BEATs, which come at any time."""
 LINGER_S = 2.0
 """How long a stream that was closed in order may take until the peer has consumed everything."""

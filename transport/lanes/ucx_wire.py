@@ -25,9 +25,10 @@ MAC_BYTES = 32
 MAX_ADDRESS_BYTES = 16 << 10
 """UCX's own addresses are a few hundred bytes: one part a network device."""
 
-MESSAGE_BYTES = 256 << 10
-"""Largest payload of one message. Both ends must have the same: it is what a receive is posted for."""
-WINDOW_MESSAGES = 8
+MESSAGE_BYTES = (1 << 20) + 4096
+"""Largest payload of one message: a usual chunk with its header. Both ends must have the same: it is what a receive is
+posted for."""
+WINDOW_MESSAGES = 4
 """A side may be so many messages ahead of what the other has consumed, so every message meets a posted receive."""
 
 _CHALLENGE = struct.Struct("<4s16s")
