@@ -1,6 +1,6 @@
 # make demo, make test, make check: each sets up .venv itself, and is quick when it is there already.
 # Settings: PYTHON=python3.12   CUDA=1 (torch with CUDA)   TORCH_INDEX=<index with CPU builds of torch>
-#           UCX=1 (also UCX for RDMA lanes, without GPU packages)
+#           UCX=1 (with install: also UCX for RDMA lanes, without GPU packages)
 
 SHELL := /bin/bash
 VENV := .venv

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -189,3 +191,40 @@ async def test_nobody_listens() -> None:
         pass
     with pytest.raises(OSError):
         await made.dial("127.0.0.1", port, Reader())
+
+
+@needs_ucx
+async def test_a_call_of_ucx_that_does_not_return() -> None:
+    """Its lanes are lost by the deadline, on a loop that goes on; the listener takes no harm."""
+    made = backend(dead_s=1.0)
+    async with lane_between(made) as (near, far):
+        stuck = threading.Event()
+        thread = await made.retain_thread()
+        thread._do(stuck.wait)
+        for end in (near, far):
+            assert isinstance(await asyncio.shield(end.lost_with), TimeoutError)
+        stuck.set()
+        thread.release()
+
+
+STUCK = """
+import asyncio, time
+from tests.transport.test_ucx_lanes import backend, lane_between
+
+async def main():
+    made = backend()
+    async with lane_between(made):
+        (await made.retain_thread())._do(time.sleep, 3600)
+        print("stuck", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@needs_ucx
+def test_a_process_whose_ucx_is_stuck_ends_all_the_same() -> None:
+    """With the lanes closed as usual, and a line that says what was left behind."""
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("stuck\n")
+    assert "the UCX thread does not end" in done.stdout + done.stderr
+    assert done.returncode == 0

@@ -148,7 +148,7 @@ class UcxLane(asyncio.Protocol):
         self._spine = bytearray()
         self._stream: Stream | None = None
         self._unsent: deque[memoryview] = deque()
-        self._free = [Slot() for _ in range(WINDOW_MESSAGES)]
+        self._free: list[Slot] = []
         self._received = 0
         self._peer_sent: int | None = None
         """What its END says: it sends no more."""
@@ -156,12 +156,12 @@ class UcxLane(asyncio.Protocol):
         self._ended = False
         self._flushed = False
         self._error: Exception | None = None
-        thread.retain()
 
     # -- the spine
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._thread.retain()
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._timer = self._loop.call_later(self._backend.open_timeout_s, self.refuse, "UCX lane: not open in time")
         if self._dialled is None:
@@ -213,6 +213,7 @@ class UcxLane(asyncio.Protocol):
         self._backend.strangers.pop(self, None)
         if self._dialled is None:
             self._greet("acceptor", greeting.nonce)
+        self._free = [Slot() for _ in range(WINDOW_MESSAGES)]
         self._stream = Stream(greeting.address, greeting.tag, self._tag, self._loop)
         self._stream.listen(self._news)
         self._thread.connect(self._stream)

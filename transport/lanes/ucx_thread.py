@@ -241,12 +241,9 @@ class UcxThread:
         return min(MAX_WAIT_S, self._beat_s) if self._streams or self._kept else MAX_WAIT_S
 
     def _over(self) -> bool:
-        if self._streams and not self._stopping:
-            return False
         with self._lock:
             unused = self._users == 0 and time.monotonic() - self._unused_since_s > UNUSED_S
-            if (unused and not self._commands and not self._kept) or (self._stopping and not self._streams):
-                self._ended = True
+            self._ended = (unused or self._stopping) and not (self._commands or self._streams or self._kept)
         return self._ended
 
     def _take_commands(self) -> bool:
