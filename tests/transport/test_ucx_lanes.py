@@ -72,11 +72,11 @@ async def listening(made: UcxBackend) -> AsyncIterator[tuple[int, list[Reader]]]
 
 
 @asynccontextmanager
-async def lane_between(made: UcxBackend) -> AsyncIterator[tuple[Reader, Reader]]:
+async def lane_between(made: UcxBackend, dialling: UcxBackend | None = None) -> AsyncIterator[tuple[Reader, Reader]]:
     """(the dialling end, the accepting end)."""
     async with listening(made) as (port, accepted):
         near = Reader()
-        await made.dial("127.0.0.1", port, near)
+        await (dialling or made).dial("127.0.0.1", port, near)
         while not accepted:
             await asyncio.sleep(0)
         far = accepted[0]
@@ -109,6 +109,27 @@ async def test_bytes_in_order_both_ways_at_once() -> None:
         assert await far.lost_with is None
         assert far.received == b"".join(content)
         assert b"".join(content).startswith(near.received)
+
+
+@needs_ucx
+async def test_what_was_sent_before_the_close_arrives_after_it() -> None:
+    """The spine's END overtakes the last message: the end is told when that has come as well."""
+    made = backend()
+    async with lane_between(made, backend()) as (near, far):
+        stuck = threading.Event()
+        thread = await made.retain_thread()
+        thread._do(stuck.wait)
+        near.lane.write([b"last words"])
+        near.lane.close()
+        assert await near.lost_with is None
+        while far.lane._peer_sent is None:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert far.received == b""
+        stuck.set()
+        assert await far.lost_with is None
+        assert far.received == b"last words"
+        thread.release()
 
 
 @needs_ucx
