@@ -1,13 +1,18 @@
 """Who may speak: HMAC over body, time and nonce with the cluster secret (until TLS), and API keys.
 
-Pure: the caller passes the time and the nonce. The peer's clock may be off by `skew_s`; within twice that window a
+Pure: the caller passes the times and the nonce. The peer's clock may be off by `skew_s`; within twice that window a
 nonce is remembered, so that a recorded call can't be played again.
+
+    signed at t --first time--> remembered for `keep_s` of the monotonic clock --> forgotten: nothing signed until t is
+                                                                                  taken any more, whatever the wall
+                                                                                  clock says by then
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import deque
 from collections.abc import Mapping
 
@@ -24,23 +29,38 @@ MAX_NONCES = 1_000_000
 
 
 class NonceWindow:
-    """Remembers the nonces of the last `keep_s` seconds. Times given to `first_use` must not go backwards by more than
-    a little: they are the verifier's own clock."""
+    """Remembers the nonces of the last `keep_s` seconds, and when the latest of those that it has forgotten was signed:
+    set back, the wall clock would find that one fresh again. With `keep_s` of at least twice the allowed skew this
+    refuses nothing that is fresh, unless the clocks have been set back by about as much or more."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._seen: set[str] = set()
-        self._order: deque[tuple[float, str]] = deque()
+        self._order: deque[tuple[float, float, str]] = deque()
+        self._forgotten_signed_s = -math.inf
 
-    def first_use(self, nonce: str, now_s: float) -> bool:
-        """True and remembered, or False: seen before, or the window is full."""
-        while self._order and self._order[0][0] < now_s - self._keep_s:
-            self._seen.discard(self._order.popleft()[1])
-        if nonce in self._seen or len(self._seen) >= MAX_NONCES:
-            return False
+    def refusal(self, nonce: str, signed_s: float, monotonic_s: float) -> str | None:
+        """None: this is its first use, and it is remembered. Else why it can't be told from a replay, after "this
+        call".
+
+        signed_s: the signer's wall clock, verified and within the skew. monotonic_s: the verifier's own clock, which
+        must be one that is never set."""
+        while self._order and self._order[0][0] < monotonic_s - self._keep_s:
+            _, forgotten_s, forgotten = self._order.popleft()
+            self._seen.discard(forgotten)
+            self._forgotten_signed_s = max(self._forgotten_signed_s, forgotten_s)
+        if nonce in self._seen:
+            return "was seen before (a replay)"
+        if signed_s <= self._forgotten_signed_s:
+            return (
+                f"may be a replay: it was signed {self._forgotten_signed_s - signed_s:.0f} s before one that is "
+                "forgotten by now; were the clocks set back? If they are right now, restart this process"
+            )
+        if len(self._seen) >= MAX_NONCES:
+            return f"came when {MAX_NONCES} others were remembered; too many calls"
         self._seen.add(nonce)
-        self._order.append((now_s, nonce))
-        return True
+        self._order.append((monotonic_s, signed_s, nonce))
+        return None
 
 
 def sign(secret: bytes, *parts: bytes) -> bytes:
@@ -71,10 +91,13 @@ def verify_http(
     body: bytes,
     headers: Mapping[str, str],
     now_s: float,
+    monotonic_s: float,
     skew_s: float,
     nonces: NonceWindow,
 ) -> None:
-    """Raises AuthenticationError that says what was wrong, not what would have been right."""
+    """now_s: the wall clock, for the skew; monotonic_s: for how long nonces are kept.
+
+    Raises AuthenticationError that says what was wrong, not what would have been right."""
     time_text, nonce, mac_text = (headers.get(h, "") for h in (TIME_HEADER, NONCE_HEADER, MAC_HEADER))
     if not time_text or not nonce or not mac_text:
         raise AuthenticationError(
@@ -92,8 +115,8 @@ def verify_http(
         raise AuthenticationError("the signature does not match; do both sides have the same cluster secret?")
     if not abs(now_s - sent_s) <= skew_s:
         raise AuthenticationError(f"signed {now_s - sent_s:+.0f} s away from this clock; do both machines run NTP?")
-    if not nonces.first_use(nonce, now_s):
-        raise AuthenticationError("this signed call was seen before")
+    if refusal := nonces.refusal(nonce, sent_s, monotonic_s):
+        raise AuthenticationError(f"this signed call {refusal}")
 
 
 def key_matches(given: str, keys: tuple[str, ...]) -> bool:

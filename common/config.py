@@ -77,11 +77,19 @@ def _lossy(value: str) -> str | None:
 
 
 def parse_address(value: str) -> tuple[str, int]:
-    """`host:port`, `[v6]:port` → (host, port). Raises ValueError with what it must look like."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):(\d{1,5})", value)
-    if not match or int(match[3]) > 65535:
-        raise ValueError("must look like host:port or [ipv6]:port")
+    """`host:port`, `[v6]:port`, `[v6%interface]:port` → (host, port). Raises ValueError with what it must look like."""
+    match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", value)
+    if not match or int(match[3]) > 65535 or not (match[2] or _is_ipv6(match[1])):
+        raise ValueError("must look like host:port, [ipv6]:port or [ipv6%interface]:port")
     return match[1] or match[2], int(match[3])
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
@@ -187,6 +195,28 @@ class TransportConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files of this process; all three, or none (nothing is encrypted). They are read again when they change."""
+
+    ca_file: str = setting("", "certificates of the cluster's private CA; no other is trusted")
+    cert_file: str = setting("", "this process's certificate: its name is node.name or router.name")
+    key_file: str = setting("", "the certificate's private key")
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.ca_file)
+
+
+def _tls_problem(given: Mapping[str, Any]) -> list[str]:
+    missing = [f"tls.{f.name}" for f in dataclasses.fields(TlsConfig) if not given.get(f.name)]
+    if len(missing) in (0, len(dataclasses.fields(TlsConfig))):
+        return []
+    return [
+        f"{' and '.join(missing)} not set: TLS needs ca_file, cert_file and key_file (prfaas certs init makes them)"
+    ]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     kind: Literal["transformers", "emulated"] = setting("transformers", "which engine computes")
     model: str = setting("", "Hugging Face id or directory; `smollm2` = the demo's model")
@@ -226,6 +256,7 @@ class Config:
     router: RouterConfig = field(default_factory=RouterConfig)
     node: NodeConfig = field(default_factory=NodeConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -316,6 +347,7 @@ def load(
         except ValueError as error:
             shown = "<hidden>" if key in SECRET_KEYS else repr(value)
             problems.append(f"{key} = {shown} ({origin}): {error}")
+    problems += _tls_problem(sections["tls"])
     if problems:
         raise ConfigError(problems)
     hints = typing.get_type_hints(Config)

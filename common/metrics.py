@@ -85,6 +85,9 @@ class TransportMetrics:
         self.checksum_failures = Counter(
             "prfaas_transport_checksum_failures", "Chunks that arrived damaged", registry=registry
         )
+        self.moved_chunks = Counter(
+            "prfaas_transport_moved_chunks", "Chunks sent again because their lane was lost", registry=registry
+        )
         self.lanes = Gauge("prfaas_transport_lanes", "Open lanes", registry=registry)
         self.lane_losses = Counter("prfaas_transport_lane_losses", "Lanes lost", ["reason"], registry=registry)
         self.refusals = Counter(

@@ -25,6 +25,7 @@ commands:
   prefill     a node that computes prompts and sends their KVCache
   decode      a node that receives KVCache and generates
   doctor      checks this machine and a configuration, and names the mend
+  certs init  makes a private CA and node certificates for TLS
   bench link  how fast KV lanes move bytes here
 
 Every command has --help with an example; services also have --help-all.
@@ -81,6 +82,17 @@ def _bench(argv: Sequence[str]) -> int:
     return main(argv[1:])
 
 
+def _certs(argv: Sequence[str]) -> int:
+    if not argv or argv[0] != "init":
+        if argv and argv[0] in ("-h", "--help"):
+            sys.stdout.write("usage: prfaas certs init [flags]    (prfaas certs init --help)\n")
+            return 0
+        raise UsageError("name what to do: prfaas certs init")
+    from prfaas.services.commands.certs import main
+
+    return main(argv[1:])
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "router": _router,
     "prefill": _prefill,
@@ -88,6 +100,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "doctor": _doctor,
     "bench": _bench,
+    "certs": _certs,
 }
 
 

@@ -20,6 +20,7 @@ import resource
 import secrets
 import signal
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
@@ -46,6 +47,8 @@ from prfaas.common.errors import (
 )
 from prfaas.common.metrics import CONTENT_TYPE, Metrics
 from prfaas.services.messages import ErrorBody, ErrorDetail, to_json
+from prfaas.transport.lanes.tls_listener import TlsListener
+from prfaas.transport.tls import Tls, tls_problem
 from yarl import URL
 
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -105,11 +108,20 @@ async def stop_signal() -> signal.Signals:
 
 @contextlib.asynccontextmanager
 async def listening(
-    app: web.Application, bind: str, *, secret: bytes, key: str = "bind", shutdown_s: float = SHUTDOWN_S
+    app: web.Application,
+    bind: str,
+    *,
+    secret: bytes,
+    key: str = "bind",
+    shutdown_s: float = SHUTDOWN_S,
+    tls: Tls | None = None,
+    client_certificates: bool = True,
 ) -> AsyncIterator[tuple[str, int]]:
     """Serve `app` at `bind` while the block runs; yields the host and the port that was bound.
 
     `secret`: the cluster secret; without one only loopback may be bound. `key`: the setting's name, for messages.
+    `tls`: with it, https only; without `client_certificates` a client may come without one, and `services.tls.check_caller`
+    keeps it from what is for the cluster's own processes.
     Raises ConfigError when the address can't be bound. On leaving, running handlers get `shutdown_s` and then are
     cancelled.
     """
@@ -124,17 +136,27 @@ async def listening(
     assert server is not None
     try:
         listener = _listener(bind, key)
-        accepting = await loop.create_server(
-            lambda: Connection(server, loop=loop, logger=logger, **CONNECTION), sock=listener, backlog=1024
-        )
+        port = listener.getsockname()[1]
+
+        def connection() -> Connection:
+            return Connection(server, loop=loop, logger=logger, **CONNECTION)
+
+        accepting: asyncio.Server | TlsListener
+        if tls is None:
+            accepting = await loop.create_server(connection, sock=listener, backlog=BACKLOG)
+        else:
+            accepting = TlsListener(
+                listener, lambda: tls.server(client_required=client_certificates), connection, backlog=BACKLOG
+            )
         try:
-            yield host, listener.getsockname()[1]
+            yield host, port
         finally:
             accepting.close()
     finally:
         await runner.cleanup()
 
 
+BACKLOG = 1024
 CONNECTION: Mapping[str, Any] = {
     "access_log": None,
     # A message holds the prompt's ids or text: read it in large pieces.
@@ -477,6 +499,7 @@ class Signer:
             body,
             request.headers,
             time.time(),
+            time.monotonic(),
             self.skew_s,
             self.nonces,
         )
@@ -487,6 +510,13 @@ async def read_signed(request: web.Request, signer: Signer) -> bytes:
     body = await read_body(request)
     signer.verify(request, body)
     return body
+
+
+def why_not_connected(error: Exception) -> str:
+    """Words for an error of `signed_post`."""
+    if (problem := tls_problem(error)) is not None:
+        return problem
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
 def client_session() -> aiohttp.ClientSession:
@@ -517,8 +547,10 @@ async def signed_post(
     *,
     request_id: str | None = None,
     limits: aiohttp.ClientTimeout | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> aiohttp.ClientResponse:
-    """POST JSON, signed. The caller closes the response (closing it early closes the connection: the cancel).
+    """POST JSON, signed; to https with `tls` (Tls.client: who must answer). The caller closes the response (closing it
+    early closes the connection: the cancel).
 
     Raises aiohttp.ClientError, TimeoutError.
     """
@@ -530,7 +562,14 @@ async def signed_post(
     if len(body) > SLICE_BYTES:
         headers["content-length"] = str(len(body))
         data = _slices(body)
-    return await session.post(url, data=data, headers=headers, allow_redirects=False, timeout=limits or session.timeout)
+    return await session.post(
+        url,
+        data=data,
+        headers=headers,
+        allow_redirects=False,
+        timeout=limits or session.timeout,
+        ssl=tls if tls is not None else True,
+    )
 
 
 async def _slices(body: bytes) -> AsyncIterator[bytes]:

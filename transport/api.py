@@ -95,6 +95,9 @@ class TransferReport:
     """Sender: when the layer's last byte was handed to the socket. Receiver: when its last piece had been decoded and
     checked."""
     resent_chunks: int = 0
+    """After a checksum mismatch."""
+    moved_chunks: int = 0
+    """Sent again on another lane, since theirs was lost before they were acknowledged."""
     duplicate_chunks: int = 0
     peer_timings: dict[str, float | list[float]] = field(default_factory=dict)
     """Receiver: what FINISH carried, in the sender's clock."""

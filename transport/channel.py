@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prfaas.common.errors import PeerError
+from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
 from prfaas.transport.connection import Event, LaneConnection
 from prfaas.transport.frames import MAX_REASON_CHARS, ControlBody, Error, FrameHeader, encode_control
@@ -126,6 +127,11 @@ class Channel:
     @property
     def usable(self) -> bool:
         return not self._ended and self._lane is not None
+
+    @property
+    def peer_identity(self) -> PeerIdentity | None:
+        """Whom the lane's certificate names; None without TLS."""
+        return self._lane.peer_identity if self._lane is not None else None
 
     @property
     def writing(self) -> Outgoing | None:

@@ -47,6 +47,8 @@ _TRANSFER_FRAMES = (
     FrameType.ACK,
     FrameType.FINISH,
     FrameType.CANCEL,
+    FrameType.FETCH,
+    FrameType.FETCHED,
 )
 
 # Which frames are legal in which state, and the state after them.
@@ -56,6 +58,7 @@ TRANSITIONS: Mapping[LaneState, Mapping[int, LaneState]] = MappingProxyType(
         LaneState.CHECK_HELLO: {FrameType.ERROR: LaneState.CLOSED},
         LaneState.OPEN: {
             **dict.fromkeys(_TRANSFER_FRAMES, LaneState.OPEN),
+            FrameType.RESUME: LaneState.OPEN,
             FrameType.PING: LaneState.OPEN,
             FrameType.PONG: LaneState.OPEN,
             FrameType.ERROR: LaneState.CLOSED,
@@ -153,6 +156,17 @@ class LaneConnection:
         header = self._header
         if header is not None and header.type == FrameType.CHUNK and header.transfer == transfer:
             self._target = self._hasher = None
+
+    def redirect_chunk(self, chunk: FrameHeader) -> bool:
+        """The same for one chunk. True: this lane was receiving it."""
+        header = self._header
+        place = (chunk.transfer, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes)
+        if header is None or header.type != FrameType.CHUNK or self._target is None:
+            return False
+        if (header.transfer, header.layer, header.tensor, header.row, header.offset_bytes) != place:
+            return False
+        self._target = self._hasher = None
+        return True
 
     def close(self) -> None:
         self.state = LaneState.CLOSED

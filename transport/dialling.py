@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import PeerRefusedError, ProtocolError
+from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
 from prfaas.transport.channel import Channel, Outgoing
@@ -27,8 +28,8 @@ drops us meets longer and longer ones."""
 log = get_logger("transport")
 
 MakeHello = Callable[[Session, int, bool], Hello]
-CheckAnswer = Callable[[Hello, Hello, str], None]
-"""Of the answer, our HELLO, and the peer that we meant; raises PeerRefusedError."""
+CheckAnswer = Callable[[Hello, Hello, str, PeerIdentity | None], None]
+"""Of the answer, our HELLO, the peer that we meant, and whom its certificate names; raises PeerRefusedError."""
 
 
 class Greeting:
@@ -133,9 +134,19 @@ class Dialler:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def session_empty(self) -> None:
-        """All lanes are gone: what the peer still holds of the session is void, so the next lanes begin a new one."""
+    def session_ended(self) -> None:
+        """What the peer still holds of the session is void, so the next lanes begin a new one."""
         self.session.id = self._new_session_id()
+
+    # -- Link
+
+    @property
+    def peer(self) -> str:
+        return self.session.peer
+
+    async def usable(self) -> Session:
+        await self.session.wait_usable()
+        return self.session
 
     async def _keep(self, index: int) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -171,7 +182,7 @@ class Dialler:
         session, session_id = self.session, self.session.id
 
         def accept(channel: Channel, answer: Hello) -> None:
-            self._check(answer, hello, session.peer)
+            self._check(answer, hello, session.peer, channel.peer_identity)
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)
@@ -180,7 +191,7 @@ class Dialler:
         channel = Channel(greeting, self._now, session.peer)
         channel.index = index
         address = self.address
-        hello = self._hello(session, index, session.usable)
+        hello = self._hello(session, index, session.established)
         try:
             await self._backend.dial(address.host, address.port, channel)
             channel.send(hello)

@@ -23,6 +23,7 @@ from prfaas.common.errors import (
     TransferCancelledError,
     TransferError,
 )
+from prfaas.common.identity import PeerIdentity
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
@@ -31,12 +32,13 @@ from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.codecs.registry import CODEC_NAMES
 from prfaas.transport.connection import Control, Event
 from prfaas.transport.dialling import Dialler
+from prfaas.transport.egress import EgressCap
 from prfaas.transport.frames import SUPPORTED_VERSIONS, FrameHeader, Hello, Open, Opened
 from prfaas.transport.handshake import check_hello, signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.receiving import TransferReceiver
-from prfaas.transport.sending import TransferSender
+from prfaas.transport.sending import Link, TransferSender
 from prfaas.transport.session import Session
 from prfaas.transport.ticket import KEY_BYTES, TicketBook, read_claims
 from prometheus_client import CollectorRegistry
@@ -90,6 +92,7 @@ class KvEndpoint:
         self._nonces = NonceWindow(2 * clock_skew_s)
         self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node)
         self._executor = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kv-codec")
+        self._egress = EgressCap(config.egress_bytes_per_s)
         self._listener: Listener | None = None
         self._dialled: dict[tuple[str, KvAddress], Dialler] = {}
         self._accepted: dict[tuple[str, str], Session] = {}
@@ -97,6 +100,7 @@ class KvEndpoint:
         self._greeting: dict[Greeter, None] = {}
         """In order of arrival."""
         self._background: set[asyncio.Task[None]] = set()
+        self._accepted_lane = asyncio.Event()
         self._closed = False
 
     # -- life
@@ -143,6 +147,8 @@ class KvEndpoint:
         sessions = [d.session for d in diallers] + list(self._accepted.values())
         channels = [channel for session in sessions for channel in session.channels()]
         channels += [greeter.channel for greeter in self._greeting]
+        for session in sessions:
+            session.close("the node is shutting down")
         await _close_channels(channels, "the node is shutting down")
         for receiver in list(self._receivers.values()):
             await receiver.aclose("the node is shutting down")
@@ -175,7 +181,7 @@ class KvEndpoint:
         if dialler is None:
             self._make_room(node)
             dialler = Dialler(
-                self._new_session(secrets.token_hex(16), node, self._dialled_empty),
+                self._new_session(secrets.token_hex(16), node, self._dialled_ended),
                 address,
                 self._backend,
                 self._config,
@@ -205,7 +211,7 @@ class KvEndpoint:
     def clock(self, node: str) -> LinkClock | None:
         """Of the session to `node`, or None: no session, or no PONG yet."""
         dialler = self._dialled_to(node)
-        session = dialler.session if dialler is not None else self._accepted_from(node)
+        session = dialler.session if dialler is not None else self.accepted_from(node)
         return session.link_clock() if session else None
 
     # -- transfers
@@ -228,46 +234,56 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
-        accepted = self._accepted_from(node)
-        dialler = self._dialled_to(node)
-        if addresses and (dialler is not None or accepted is None):
-            # Told by the process that issued the ticket: an older session of the name may lead to its predecessor.
-            dialler = self._dial(node, addresses)
-        session = dialler.session if dialler is not None else accepted
-        if session is None:
-            raise TicketError(f"no session to {node} and no address to dial")
-        sender = TransferSender(
-            spec, ticket, self.layout, session, self._config.chunk_bytes, self._config.open_timeout_s
-        )
-        if dialler is not None:
-            dialler.senders.add(sender)
+        link = self._link_to(node, addresses)
+        sender = TransferSender(spec, ticket, self.layout, link, self._config.chunk_bytes, self._config.open_timeout_s)
+        if isinstance(link, Dialler):
+            link.senders.add(sender)
         return sender
 
     # -- inside
+
+    def _link_to(self, node: str, addresses: Sequence[KvAddress]) -> Link:
+        accepted = self.accepted_from(node)
+        dialler = self._dialled_to(node)
+        if self._config.dial == "receiver" and dialler is None:
+            return AcceptedLink(self, node)
+        if dialler is None and accepted is not None and (accepted.usable or not addresses):
+            return AcceptedLink(self, node)
+        if addresses:
+            # Told by the process that issued the ticket: an older session of the name may lead to its predecessor.
+            return self._dial(node, addresses)
+        if dialler is None:
+            raise TicketError(f"no session to {node} and no address to dial")
+        return dialler
 
     def _dialled_to(self, node: str) -> Dialler | None:
         """The one told last among those that are up, or among all when none is."""
         diallers = [dialler for (peer, _), dialler in reversed(self._dialled.items()) if peer == node]
         return next((d for d in diallers if d.session.usable), diallers[0] if diallers else None)
 
-    def _accepted_from(self, node: str) -> Session | None:
+    def accepted_from(self, node: str) -> Session | None:
+        """The session that `node` has dialled."""
         # The newest: the lanes of an older one may be dead without our having noticed.
-        return next((session for (peer, _), session in reversed(self._accepted.items()) if peer == node), None)
+        sessions = [session for (peer, _), session in reversed(self._accepted.items()) if peer == node]
+        return next((session for session in sessions if session.usable), sessions[0] if sessions else None)
 
-    def _new_session(self, session_id: str, peer: str, on_empty: Callable[[Session], None]) -> Session:
-        return Session(session_id, peer, self._config, self._executor, self._admit, self.metrics, on_empty)
+    def _new_session(self, session_id: str, peer: str, on_ended: Callable[[Session], None]) -> Session:
+        return Session(
+            session_id, peer, self._config, self._executor, self._egress, self._admit, self.metrics, on_ended
+        )
 
-    def _dialled_empty(self, session: Session) -> None:
+    def _dialled_ended(self, session: Session) -> None:
         for dialler in self._dialled.values():
             if dialler.session is session:
-                dialler.session_empty()
+                dialler.session_ended()
 
-    def _accepted_empty(self, session: Session) -> None:
+    def _accepted_ended(self, session: Session) -> None:
         self._accepted.pop((session.peer, session.id), None)
 
     async def _close_dialler(self, dialler: Dialler) -> None:
         await dialler.aclose()
         await _close_channels(dialler.session.channels(), "no longer needed")
+        dialler.session.close("no longer needed")
 
     def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -336,19 +352,27 @@ class KvEndpoint:
             answer=answer,
         )
 
-    def _check_answer(self, answer: Hello, ours: Hello, peer: str) -> None:
-        self._check(answer, expect_answer_to=ours.nonce, expect_node=peer)
+    def _check_answer(self, answer: Hello, ours: Hello, peer: str, identity: PeerIdentity | None) -> None:
+        self._check(answer, identity, expect_answer_to=ours.nonce, expect_node=peer)
 
-    def _check(self, hello: Hello, expect_answer_to: str | None = None, expect_node: str | None = None) -> None:
+    def _check(
+        self,
+        hello: Hello,
+        identity: PeerIdentity | None,
+        expect_answer_to: str | None = None,
+        expect_node: str | None = None,
+    ) -> None:
         check_hello(
             hello,
             secret=self._secret,
             model_fingerprint=self._fingerprint,
             now_s=time.time(),
+            monotonic_s=time.monotonic(),
             skew_s=self._skew_s,
             nonces=self._nonces,
             expect_answer_to=expect_answer_to,
             expect_node=expect_node,
+            identity=identity,
         )
         if self._config.codec not in hello.codecs:
             raise PeerRefusedError(f"{hello.node} does not have codec {self._config.codec!r}")
@@ -363,19 +387,29 @@ class KvEndpoint:
 
     def greeted(self, greeter: Greeter, hello: Hello) -> None:
         """HELLO came on an accepted lane. Raises PeerRefusedError."""
-        self._check(hello)
+        self._check(hello, greeter.channel.peer_identity)
         session = self._accepted.get((hello.node, hello.session))
         if session is None:
             if hello.resume:
                 greeter.channel.close("this node does not know the session; begin a new one", "unknown_session")
                 return
-            session = self._new_session(hello.session, hello.node, self._accepted_empty)
+            session = self._new_session(hello.session, hello.node, self._accepted_ended)
             self._accepted[hello.node, hello.session] = session
         answer = self._hello(hello.session, hello.lane, hello.lanes, answer=True)
         channel = greeter.channel
         channel.peer = hello.node
         channel.send(signed(answer, self._secret, hello.nonce))
         session.add_channel(channel, hello.lane)
+        self._accepted_lane.set()
+        self._accepted_lane = asyncio.Event()
+
+    async def accepted_session(self, node: str) -> Session:
+        """Wait until `node` has dialled us."""
+        while True:
+            session = self.accepted_from(node)
+            if session is not None and session.usable:
+                return session
+            await self._accepted_lane.wait()
 
     def greeting(self, greeter: Greeter) -> None:
         self._greeting[greeter] = None
@@ -386,6 +420,21 @@ class KvEndpoint:
     @property
     def open_timeout_s(self) -> float:
         return self._config.open_timeout_s
+
+
+class AcceptedLink:
+    """A `Link` to a node that dials us."""
+
+    def __init__(self, endpoint: KvEndpoint, node: str) -> None:
+        self._endpoint = endpoint
+        self.peer = node
+
+    @property
+    def session(self) -> Session | None:
+        return self._endpoint.accepted_from(self.peer)
+
+    async def usable(self) -> Session:
+        return await self._endpoint.accepted_session(self.peer)
 
 
 class Greeter:

@@ -1,6 +1,6 @@
 """The frames of a lane: one fixed binary header, then a body. Pure; nothing here reads a socket or a clock.
 
-    | magic 2 | version 1 | type 1 | flags 2 | codec 1 | 0 | body_bytes 4 |  every frame
+    | magic 2 | version 1 | type 1 | flags 2 | codec 1 | copy 1 | body_bytes 4 |  every frame
     | transfer 4 |                                                           every frame of a transfer
     | layer 2 | tensor 2 | row 4 | offset_bytes 8 | raw_bytes 4 | sequence 4 | checksum 8 |   CHUNK, else zero
 
@@ -59,10 +59,10 @@ class FrameType(enum.IntEnum):
     PING = 9
     PONG = 10
     ERROR = 11
-    # Reserved: asking for a prefix, its answer, moving chunks of a dead lane, link estimates.
     FETCH = 12
     FETCHED = 13
     RESUME = 14
+    # Reserved: link estimates.
     LINK = 15
 
 
@@ -72,7 +72,7 @@ class FrameHeader(NamedTuple):
     type: int
     flags: int
     codec: int
-    reserved: int
+    copy: int
     body_bytes: int
     transfer: int
     layer: int
@@ -108,7 +108,9 @@ class Hello(Body, frozen=True, omit_defaults=True):
     features: tuple[str, ...] = ()
     region: str = ""
     resume: bool = False
-    """The dialler has other lanes in this session: an acceptor that doesn't know it must say so."""
+    """The session has had lanes: an acceptor that doesn't know it must say so."""
+    lossy: tuple[str, ...] = ()
+    """`kind=codec`: what this side lets come to it, of tensors of that kind."""
     answer: bool = False
     mac: bytes = b""
 
@@ -130,6 +132,8 @@ class Open(Body, frozen=True, omit_defaults=True):
     dtypes: dict[str, str]
     remaining_s: float | None = None
     """Until the request's deadline; not an instant, since clocks differ."""
+    repeat: int = 0
+    """Of the same attempt, when lanes were lost and perhaps the answer with them: the answer is given again."""
     reserved: dict[str, int] = {}
 
 
@@ -172,6 +176,32 @@ class Cancel(Body, frozen=True, omit_defaults=True):
     detail: str = ""
 
 
+class Fetch(Body, frozen=True, omit_defaults=True):
+    """Send me the KV of these tokens of a prefix: the ticket permits a transfer of [token_start, token_end). Its number
+    is the asking side's, and only FETCHED refers to it."""
+
+    ticket: str
+    prefix_hash: bytes
+    """Of all tokens up to token_end; whoever has them knows them by it."""
+    token_start: int
+    token_end: int
+    remaining_s: float | None = None
+
+
+class Fetched(Body, frozen=True, omit_defaults=True):
+    """The answer to FETCH: OPEN follows, or `refused` says why not."""
+
+    refused: str = ""
+
+
+class Resume(Body, frozen=True, omit_defaults=True):
+    """First on the first lane after all were lost, and the answer to it: the numbers of the transfers that this side
+    sends and that have not ended for it. What the other side receives and this one does not name, has ended."""
+
+    sending: list[int] = []
+    answer: bool = False
+
+
 class Ping(Body, frozen=True, omit_defaults=True):
     sent_s: float
 
@@ -188,7 +218,7 @@ class Error(Body, frozen=True, omit_defaults=True):
     detail: str = ""
 
 
-ControlBody = Hello | Open | Opened | Credit | Ack | Finish | Cancel | Ping | Pong | Error
+ControlBody = Hello | Open | Opened | Credit | Ack | Finish | Cancel | Fetch | Fetched | Resume | Ping | Pong | Error
 
 BODY_TYPES: Mapping[FrameType, type[ControlBody]] = MappingProxyType(
     {
@@ -202,6 +232,9 @@ BODY_TYPES: Mapping[FrameType, type[ControlBody]] = MappingProxyType(
         FrameType.PING: Ping,
         FrameType.PONG: Pong,
         FrameType.ERROR: Error,
+        FrameType.FETCH: Fetch,
+        FrameType.FETCHED: Fetched,
+        FrameType.RESUME: Resume,
     }
 )
 _TYPE_OF_BODY = {body: type for type, body in BODY_TYPES.items()}
@@ -226,8 +259,10 @@ def encode_chunk_header(
     wire_bytes: int,
     codec: int,
     checksum: int,
+    copy: int = 0,
 ) -> bytes:
-    """The header of a CHUNK; its `wire_bytes` of payload follow. `place` = (layer, tensor, row, offset_bytes)."""
+    """The header of a CHUNK; its `wire_bytes` of payload follow. `place` = (layer, tensor, row, offset_bytes). `copy`:
+    how many lanes have been lost with this chunk, so that the receiver knows which of two copies is the newer."""
     layer, tensor, row, offset_bytes = place
     return HEADER.pack(
         MAGIC,
@@ -235,7 +270,7 @@ def encode_chunk_header(
         FrameType.CHUNK,
         0,
         codec,
-        0,
+        copy,
         wire_bytes,
         transfer,
         layer,

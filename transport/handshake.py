@@ -13,6 +13,7 @@ import re
 import msgspec
 from prfaas.common.auth import NonceWindow, sign, verify
 from prfaas.common.errors import PeerRefusedError
+from prfaas.common.identity import KV_ROLES, PeerIdentity
 from prfaas.transport.frames import SUPPORTED_VERSIONS, Hello
 
 MAX_LANES = 64
@@ -38,20 +39,26 @@ def check_hello(
     secret: bytes,
     model_fingerprint: str,
     now_s: float,
+    monotonic_s: float,
     skew_s: float,
     nonces: NonceWindow,
     expect_answer_to: str | None = None,
     expect_node: str | None = None,
+    identity: PeerIdentity | None = None,
 ) -> None:
-    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock. `expect_answer_to`: our nonce,
-    when this is the answer; `expect_node`: whom we meant to reach."""
+    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock, for the skew; monotonic_s: for
+    how long nonces are kept. `expect_answer_to`: our nonce, when this is the answer; `expect_node`: whom we meant to
+    reach; `identity`: of the lane's certificate, None without TLS."""
     if hello.answer != (expect_answer_to is not None):
         raise PeerRefusedError("HELLO and its answer are mixed up")
-    _check_mac(hello, secret, now_s, skew_s, nonces, expect_answer_to)
+    _check_mac(hello, secret, now_s, monotonic_s, skew_s, nonces, expect_answer_to)
     if not set(hello.versions) & set(SUPPORTED_VERSIONS):
         raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
         raise PeerRefusedError("HELLO names no session or no node")
+    problem = identity.problem(name=hello.node, roles=KV_ROLES) if identity is not None else None
+    if problem is not None:
+        raise PeerRefusedError(f"HELLO comes from {hello.node}, but {problem}")
     if expect_node is not None and hello.node != expect_node:
         raise PeerRefusedError(
             f"{hello.node} answers where {expect_node} was dialled; has {expect_node} moved, or does it advertise "
@@ -67,7 +74,13 @@ def check_hello(
 
 
 def _check_mac(
-    hello: Hello, secret: bytes, now_s: float, skew_s: float, nonces: NonceWindow, expect_answer_to: str | None
+    hello: Hello,
+    secret: bytes,
+    now_s: float,
+    monotonic_s: float,
+    skew_s: float,
+    nonces: NonceWindow,
+    expect_answer_to: str | None,
 ) -> None:
     if not secret:
         return
@@ -76,5 +89,5 @@ def _check_mac(
         raise PeerRefusedError("HELLO is not signed with this cluster's secret; do both sides have the same?")
     if not abs(now_s - hello.time_s) <= skew_s:
         raise PeerRefusedError(f"HELLO is {now_s - hello.time_s:+.0f} s off this clock; do both machines run NTP?")
-    if not nonces.first_use(hello.nonce, now_s):
-        raise PeerRefusedError("this HELLO was seen before (a replay)")
+    if refusal := nonces.refusal(hello.nonce, hello.time_s, monotonic_s):
+        raise PeerRefusedError(f"this HELLO {refusal}")

@@ -39,7 +39,7 @@ from prfaas.transport.frames import (
     Opened,
     chunk_checksum,
 )
-from prfaas.transport.transfer import TIME_RAN_OUT, Placement, ReceivingTransfer
+from prfaas.transport.transfer import TIME_RAN_OUT, Placement, ReceivingTransfer, Standing
 from prfaas.transport.waiting import finish_despite_cancel
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ class TransferReceiver:
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._ended = False
         self._decoding = 0
+        self._acknowledge_on: dict[int, Channel] = {}
+        """Chunks that are being checked, and of which another lane has brought a copy meanwhile: the lane they came on
+        is gone, and an acknowledgement on it would be lost."""
         self._decoded: asyncio.Future[None] | None = None
 
     # -- KvReceiver
@@ -138,16 +141,19 @@ class TransferReceiver:
     def open(self) -> bool:
         return self._state is not None
 
-    def place(self, chunk: FrameHeader) -> memoryview | None:
+    def place(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         """Where a CHUNK's bytes go; None: it is here already. Raises ProtocolError."""
         state = self._state
         if state is None or self._session is None:
             raise ProtocolError("CHUNK of a transfer that got no credit")
         if chunk.codec != RAW and chunk.codec not in CODECS:
             raise ProtocolError(f"CHUNK with unknown codec {chunk.codec}")
-        if state.place(chunk) is Placement.DUPLICATE:
+        placement = state.place(chunk, channel)
+        if placement is Placement.DUPLICATE:
             self.report.duplicate_chunks += 1
             return None
+        if placement is Placement.TAKEN_OVER:
+            self._session.stop_writing(chunk, but=channel)
         try:
             target = self._target(chunk)
         except Exception as error:
@@ -164,13 +170,23 @@ class TransferReceiver:
         assert self._session is not None
         self.report.wire_bytes += HEADER_BYTES + chunk.body_bytes
         if data is None:
-            self._state.drained(chunk)
-            self._session.acknowledge(channel, self._number, chunk.sequence)
-            self._credit(channel)
-        elif chunk.codec == RAW:
+            self._drained(channel, chunk)
+            return
+        self._state.received(chunk)
+        if chunk.codec == RAW:
             self._checked(channel, chunk, checksum == chunk.checksum)
         else:
             self._decode(channel, chunk, data)
+
+    def _drained(self, channel: Channel, chunk: FrameHeader) -> None:
+        """A copy of a chunk went to the sink. It is acknowledged when the other copy is known to be good."""
+        assert self._state is not None
+        assert self._session is not None
+        standing = self._state.standing(chunk)
+        if standing is Standing.CHECKING:
+            self._acknowledge_on[chunk.sequence] = channel
+        elif standing is not Standing.RECEIVING:
+            self._session.acknowledge(channel, self._number, chunk.sequence, damaged=standing is Standing.FREE)
 
     def finish_arrived(self, channel: Channel, timings: dict[str, float | list[float]]) -> None:
         if self._state is None:
@@ -179,6 +195,10 @@ class TransferReceiver:
         self._finish_channel = channel
         self._state.finish()
         self._complete_if_all_here()
+
+    def lane_lost(self, channel: Channel) -> None:
+        if self._state is not None:
+            self._state.lane_lost(channel)
 
     def repeat_credit(self, channel: Channel) -> None:
         """A lane died, perhaps with a CREDIT in it."""
@@ -216,6 +236,7 @@ class TransferReceiver:
         self._decoding -= 1
         if self._session is not None:
             self._session.scratch.give_back(wire)
+        channel = self._acknowledge_on.pop(chunk.sequence, channel)
         if not self._ended:
             # A job that could not run at all (the executor is gone) counts as damage: nothing arrived.
             self._checked(channel, chunk, not job.cancelled() and job.exception() is None and job.result())
@@ -270,7 +291,7 @@ class TransferReceiver:
         self.report.clock = self._session.link_clock()
         self._session.flush_acknowledgements()
         self._session.send(Ack(finished=True), self._number, FROM_RECEIVER, prefer=self._finish_channel)
-        self._session.remove_receiver(self._number)
+        self._session.remove_receiver(self._number, completed=True)
         self._on_ended(self, "completed")
         if not self._finished.done():
             self._finished.set_result(None)

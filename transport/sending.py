@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prfaas.common.errors import (
     ChecksumError,
@@ -40,6 +40,8 @@ MAX_RETRY_AFTER_S = 5.0
 MIN_CREDIT_BYTES = 4096
 """Less would cut the KV into chunks of a few bytes, or let none leave at all."""
 
+SLACK = 2.0
+
 CANCEL_ERRORS: dict[str, type[TransferError]] = {
     error.reason: error for error in (TransferCancelledError, ChecksumError, LaneLostError, TicketError)
 }
@@ -51,29 +53,52 @@ def cancel_error(body: Cancel, peer: str) -> TransferError:
     return kind(f"{peer} ended the transfer: {body.detail or body.reason}")
 
 
+class Link(Protocol):
+    """The way to the receiver's node: a session that we dial, or one that it has dialled."""
+
+    @property
+    def peer(self) -> str: ...
+
+    @property
+    def session(self) -> Session | None:
+        """The present one; None: the peer has not dialled yet."""
+        ...
+
+    async def usable(self) -> Session:
+        """Wait until a session has a lane. Raises PeerRefusedError."""
+        ...
+
+
 class TransferSender:
     """A `KvSender`. Everything but `put`, `finish` and `failed` is the event loop's."""
 
     def __init__(
-        self, spec: TransferSpec, ticket: str, layout: KvLayout, session: Session, chunk_bytes: int, timeout_s: float
+        self, spec: TransferSpec, ticket: str, layout: KvLayout, link: Link, chunk_bytes: int, timeout_s: float
     ) -> None:
         self.spec = spec
         self.report = TransferReport()
         self.number = 0
         self.layout = layout
         self._ticket = ticket
-        self._session = session
+        self._link = link
+        self._session = link.session
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._state = SendingTransfer(layout, spec, chunk_bytes)
         self._attempt = 0
+        self._repeat = 0
+        self._deadline_s: float | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self.urgent = False
+        """The time that is left is hardly enough to send the rest."""
         self._answer: asyncio.Future[Opened] | None = None
         self._open = False
         self._closed = False
         self._failed: Exception | None = None
         self._on_failed: list[Callable[[Exception], None]] = []
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._lane_of: dict[int, Channel] = {}
+        self._lane_of: dict[int, tuple[Channel, float]] = {}
+        """Where and when an unacknowledged chunk was begun."""
         self._finish_channel: Channel | None = None
         self._readers = 0
         self._unread: asyncio.Future[None] | None = None
@@ -86,8 +111,12 @@ class TransferSender:
 
     @property
     def rtt_s(self) -> float:
-        clock = self._session.link_clock()
+        clock = self._session.link_clock() if self._session is not None else None
         return clock.rtt_s if clock else 0.0
+
+    @property
+    def peer(self) -> str:
+        return self._link.peer
 
     @property
     def failed(self) -> Exception | None:
@@ -111,17 +140,14 @@ class TransferSender:
         if self._closed or self._open:
             raise TransferCancelledError("open() of a transfer that is open or closed already")
         late = remaining_s is not None and remaining_s < self._timeout_s
-        deadline_s = None if remaining_s is None else self._loop.time() + remaining_s
+        self._expire_in(remaining_s)
         try:
             async with asyncio.timeout(remaining_s if late else self._timeout_s):
-                await self._session.wait_usable()
-                opened = await self._ask(deadline_s)
+                opened = await self._ask(await self._usable_session())
         except TimeoutError:
-            error: TransferError = LaneLostError(
-                f"{self._session.peer} did not answer OPEN within {self._timeout_s:g} s"
-            )
+            error: TransferError = LaneLostError(f"{self.peer} did not answer OPEN within {self._timeout_s:g} s")
             if late:
-                error = TransferCancelledError(f"{TIME_RAN_OUT} before {self._session.peer} answered OPEN")
+                error = TransferCancelledError(f"{TIME_RAN_OUT} before {self.peer} answered OPEN")
             self.fail(error)
             raise error from None
         except PeerRefusedError as error:
@@ -137,7 +163,7 @@ class TransferSender:
             # Not a number, or a time that nobody means, is the longest wait.
             sane = 0 <= opened.retry_after_s <= MAX_RETRY_AFTER_S
             raise NoRoomError(
-                f"{self._session.peer} has no room for {self.spec.request_id}",
+                f"{self.peer} has no room for {self.spec.request_id}",
                 retry_after_s=opened.retry_after_s if sane else MAX_RETRY_AFTER_S,
             )
         if opened.refused:
@@ -146,22 +172,35 @@ class TransferSender:
             raise refusal
         if opened.credit_bytes < MIN_CREDIT_BYTES:
             stingy = PeerRefusedError(
-                f"{self._session.peer} accepted the transfer with {opened.credit_bytes} bytes of credit; "
+                f"{self.peer} accepted the transfer with {opened.credit_bytes} bytes of credit; "
                 f"at least {MIN_CREDIT_BYTES} are needed"
             )
             self.fail(stingy)
             raise stingy
         self._open = True
         self._state.opened(opened.credit_bytes)
-        self._session.wake()
+        if self._session is not None:
+            self._session.sender_ready(self)
 
-    async def _ask(self, deadline_s: float | None) -> Opened:
+    async def _usable_session(self) -> Session:
+        if self.number == 0 or self._session is None:
+            self._session = await self._link.usable()
+        else:  # asked before: its number is that session's
+            await self._session.wait_usable()
+        return self._session
+
+    async def _ask(self, session: Session) -> Opened:
         if self.number == 0:
-            self._session.add_sender(self)
+            session.add_sender(self)
         self._attempt += 1
+        self._repeat = 0
         self._answer = self._loop.create_future()
+        self._send_open(session)
+        return await self._answer
+
+    def _send_open(self, session: Session) -> None:
         spec = self.spec
-        self._session.broadcast(
+        session.broadcast(
             Open(
                 ticket=self._ticket,
                 attempt=self._attempt,
@@ -175,11 +214,24 @@ class TransferSender:
                 model_fingerprint=spec.model_fingerprint,
                 layout_hash=spec.layout_hash,
                 dtypes=self.layout.dtypes,
-                remaining_s=None if deadline_s is None else max(0.0, deadline_s - self._loop.time()),
+                remaining_s=None if self._deadline_s is None else max(0.0, self._deadline_s - self._loop.time()),
+                repeat=self._repeat,
             ),
             self.number,
         )
-        return await self._answer
+
+    def _expire_in(self, remaining_s: float | None) -> None:
+        """The receiver counts as well; here it ends what waits for a lane, and frees the engine's memory in time."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline_s = None if remaining_s is None else self._loop.time() + remaining_s
+        self._deadline = None
+        if self._deadline_s is not None:
+            self._deadline = self._loop.call_at(self._deadline_s, self._time_ran_out)
+
+    def _time_ran_out(self) -> None:
+        if self._open:  # before, `open` tells
+            self.fail(TransferCancelledError(TIME_RAN_OUT))
 
     def put(self, pieces: Sequence[KvPiece]) -> None:
         with self._lock:
@@ -202,7 +254,7 @@ class TransferSender:
             self._closed = True
             if not self._state.finished:
                 self.fail(TransferCancelledError(f"cancelled by the prefill side: {reason}"), detail=reason)
-            self._session.remove_sender(self)
+            self._leave()
         if self._readers:
             if self._unread is None:
                 self._unread = self._loop.create_future()
@@ -212,12 +264,12 @@ class TransferSender:
 
     def _watch_lanes(self, before: dict[Channel, int]) -> None:
         """A lane that has taken nothing since the last look is given up: the engine wants its memory back."""
-        if not self._readers:
+        if not self._readers or self._session is None:
             return
         now = self._session.unwritten(self)
         for channel, unwritten_bytes in now.items():
             if before.get(channel) == unwritten_bytes:
-                channel.abort(f"{self._session.peer} took no byte of a cancelled transfer's chunk for {STALLED_S:g} s")
+                channel.abort(f"{self.peer} took no byte of a cancelled transfer's chunk for {STALLED_S:g} s")
         self._loop.call_later(STALLED_S, self._watch_lanes, now)
 
     # -- for the session
@@ -226,8 +278,26 @@ class TransferSender:
     def active(self) -> bool:
         return self._open and self._failed is None and not self._closed
 
+    @property
+    def next_bytes(self) -> int:
+        return self._state.next_bytes if self.active else 0
+
     def next_cut(self) -> Cut | None:
         return self._state.next_chunk() if self.active else None
+
+    @property
+    def ready_bytes(self) -> int:
+        return self._state.ready_bytes
+
+    @property
+    def unacknowledged_bytes(self) -> int:
+        return self._state.unacknowledged_bytes
+
+    def look_at_slack(self, bandwidth_bytes_per_s: float) -> None:
+        """`urgent` when the time left is less than twice what the rest takes at the link's whole rate."""
+        if self._deadline_s is not None and bandwidth_bytes_per_s > 0:
+            left_s = self._deadline_s - self._loop.time()
+            self.urgent = left_s < SLACK * self._state.missing_bytes / bandwidth_bytes_per_s
 
     def begin_read(self) -> None:
         """A lane or an encoder reads a piece's memory from now on."""
@@ -239,7 +309,7 @@ class TransferSender:
             self._unread.set_result(None)
 
     def chunk_begun(self, channel: Channel, cut: Cut) -> None:
-        self._lane_of[cut.sequence] = channel
+        self._lane_of[cut.sequence] = (channel, self._loop.time())
 
     def chunk_sent(self, outgoing: Outgoing) -> None:
         cut = outgoing.cut
@@ -258,8 +328,9 @@ class TransferSender:
 
     def acknowledged(self, body: Ack) -> None:
         self._state.acknowledged(body.chunks)
-        for sequence in body.chunks:
-            self._lane_of.pop(sequence, None)
+        if body.chunks and self._session is not None:
+            begun = [at for sequence in body.chunks if (at := self._lane_of.pop(sequence, None)) is not None]
+            self._session.acknowledged(begun)
         if body.damaged:
             for sequence in body.damaged:
                 self._lane_of.pop(sequence, None)
@@ -271,16 +342,44 @@ class TransferSender:
             self.report.resent_chunks = self._state.resent_chunks
         if body.finished:
             self._state.finished = True
-            self.report.clock = self._session.link_clock()
-            self._session.remove_sender(self)
+            self.report.clock = self._session.link_clock() if self._session is not None else None
+            self._leave()
             if not self._done.done():
                 self._done.set_result(None)
 
-    def lane_lost(self, channel: Channel, reason: str) -> None:
-        """Fails the transfer when something of it was on that lane and is not acknowledged."""
-        at_stake = self._answer is not None or channel is self._finish_channel or channel in self._lane_of.values()
-        if at_stake and not self._state.finished:
-            self.fail(LaneLostError(f"lane {channel.index} to {self._session.peer} was lost: {reason}"))
+    def lane_lost(self, channel: Channel) -> None:
+        """What was on that lane and is not acknowledged leaves again on another: chunks, FINISH, and OPEN or its
+        answer (`lane_is_back`, when this was the last lane)."""
+        lost = [sequence for sequence, (lane, _) in self._lane_of.items() if lane is channel]
+        for sequence in lost:
+            del self._lane_of[sequence]
+        try:
+            self._state.lost(lost)
+        except LaneLostError as error:
+            self.fail(error)
+            return
+        self.report.moved_chunks = self._state.moved_chunks
+        if channel is self._finish_channel:
+            self._finish_channel = None
+            self._state.finish_lost()
+        self.lane_is_back()
+
+    def lane_is_back(self) -> None:
+        session = self._session
+        if session is None or not session.usable:
+            return
+        if self._answer is not None and not self._answer.done():
+            self._repeat += 1
+            self._send_open(session)
+        self._finish_if_due()
+        if self._session is not None:
+            self._session.sender_ready(self)
+
+    def _leave(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._session is not None:
+            self._session.remove_sender(self)
 
     def fail(self, error: Exception, *, tell_peer: bool = True, detail: str = "") -> None:
         """The transfer can't succeed any more. Idempotent, and a no-op after success."""
@@ -289,10 +388,10 @@ class TransferSender:
                 return
             self._failed = error
             self._inbox.clear()
-        if self.number and tell_peer:
+        if self.number and tell_peer and self._session is not None:
             word = error.reason if isinstance(error, TransferError) else TransferError.reason
             self._session.broadcast(Cancel(word, (detail or str(error))[:MAX_REASON_CHARS]), self.number)
-        self._session.remove_sender(self)
+        self._leave()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
         if not self._done.done():
@@ -325,15 +424,16 @@ class TransferSender:
             self.fail(EngineError(f"transfer {self.spec.request_id}: {error}"))
             return
         self._finish_if_due()
-        self._session.wake()
+        if self._session is not None:
+            self._session.sender_ready(self)
 
     def _finish_if_due(self) -> None:
         if self._timings is None or not self.active or not self._state.finish_due:
             return
         sent_s = [self.report.layer_at_s.get(layer, 0.0) for layer in range(len(self.layout.layers))]
-        channel = self._session.any_channel()
+        channel = self._session.any_channel() if self._session is not None else None
         if channel is None:
-            return  # the session is about to fail all its transfers
+            return  # when a lane is back
         try:
             channel.send(Finish({**self._timings, "sent_s": sent_s}), self.number)
         except ValueError as error:

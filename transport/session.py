@@ -1,28 +1,44 @@
 """A session: the lanes between two nodes, and the transfers on them in both directions.
 
-It decides which chunk goes into which lane (the lane that is free first takes the next; transfers take turns), collects
-acknowledgements, watches that the lanes are alive, and tells transfers when a lane dies. Dialling is in dialling.py.
+It puts chunks into lanes (the lane that is free first takes the next), collects acknowledgements and watches that the
+lanes are alive. A lane that dies costs nothing but what was on it, which leaves again on the others; when all are gone
+the transfers wait for a new one:
+
+    new --first lane--> up --last lane lost--> suspended --a lane within resume_s--> up
+                        |                         '--none, or the peer is a new process--> ended: transfers failed
+                        '--last lane lost with no transfers, or closed by a node that leaves--> ended
+
+Dialling is in dialling.py, the choice of the next chunk in outbound.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from functools import partial
+from typing import NamedTuple
 
 from prfaas.common.config import TransportConfig
-from prfaas.common.errors import LaneLostError, PeerRefusedError, ProtocolError, TransferError
+from prfaas.common.errors import (
+    LaneLostError,
+    PeerRefusedError,
+    ProtocolError,
+    TransferCancelledError,
+    TransferError,
+)
+from prfaas.common.kv_layout import TensorKind
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
 from prfaas.transport.api import LinkClock
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.clock import ClockEstimator
-from prfaas.transport.codecs.api import ChunkForm, Codec, form_of
+from prfaas.transport.codecs.api import Codec
 from prfaas.transport.codecs.registry import codec_by_name
 from prfaas.transport.connection import ChunkArrived, Control, Event
+from prfaas.transport.counters import Counters
+from prfaas.transport.egress import EgressCap
 from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
@@ -38,57 +54,28 @@ from prfaas.transport.frames import (
     Opened,
     Ping,
     Pong,
-    chunk_checksum,
-    encode_chunk_header,
+    Resume,
 )
+from prfaas.transport.outbound import Outbound
 from prfaas.transport.receiving import TransferReceiver
 from prfaas.transport.scratch import ScratchPool
 from prfaas.transport.sending import TransferSender, cancel_error
-from prfaas.transport.transfer import Cut
 
 ACK_DELAY_S = 0.005
 """Acknowledgements wait so long for company: a frame a chunk would cost a tenth of a fast lane."""
 ACK_CHUNKS = 64
-KEPT_ATTEMPTS = 4096
-"""OPENs that were answered; beyond it a repeated OPEN is answered once more, which does no harm."""
+KEPT_TRANSFERS = 4096
+"""Ended transfers that are remembered, to answer what is repeated because a lane took the answer with it."""
 
 log = get_logger("transport")
 
 Admit = Callable[["Session", int, Open], Opened]
 
 
-class Counters:
-    """The metrics that a session counts. Bytes are summed up here and handed to Prometheus by `flush`: its counters
-    lock, and a fast lane has thousands of chunks a second."""
-
-    def __init__(self, metrics: TransportMetrics) -> None:
-        forms = ("raw", "wire")
-        self._totals = [
-            counter.labels(form) for counter in (metrics.sent_bytes, metrics.received_bytes) for form in forms
-        ]
-        self._pending = [0, 0, 0, 0]
-        self.checksum_failures = metrics.checksum_failures
-        self.lanes = metrics.lanes
-        self.lane_losses = metrics.lane_losses
-        self.refusals = metrics.refusals
-        self.transfers = metrics.transfers
-
-    def sent(self, raw_bytes: int, wire_bytes: int) -> None:
-        pending = self._pending
-        pending[0] += raw_bytes
-        pending[1] += wire_bytes
-
-    def received(self, raw_bytes: int, wire_bytes: int) -> None:
-        pending = self._pending
-        pending[2] += raw_bytes
-        pending[3] += wire_bytes
-
-    def flush(self) -> None:
-        """Once a tick, and when a transfer ends."""
-        for index, counter in enumerate(self._totals):
-            if self._pending[index]:
-                counter.inc(self._pending[index])
-                self._pending[index] = 0
+class Answered(NamedTuple):
+    attempt: int
+    repeat: int
+    answer: Opened
 
 
 class Session:
@@ -100,9 +87,10 @@ class Session:
         peer: str,
         config: TransportConfig,
         executor: Executor,
+        egress: EgressCap,
         admit: Admit,
         metrics: TransportMetrics,
-        on_empty: Callable[[Session], None],
+        on_ended: Callable[[Session], None],
     ) -> None:
         self.id = session_id
         self.peer = peer
@@ -110,40 +98,43 @@ class Session:
         self.scratch = ScratchPool()
         self.refusal: PeerRefusedError | None = None
         """Why the peer refused the last HELLO; None once a lane is up."""
+        self.established = False
+        """It has had a lane: the peer knows it, unless it is a new process."""
         self._config = config
-        self._executor = executor
+        self._egress = egress
         self._admit = admit
-        self._on_empty = on_empty
+        self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}
         self._changed = asyncio.Event()
         self._clock = ClockEstimator()
         self._last_number = 0
         self._senders: dict[int, TransferSender] = {}
-        self._turns: deque[TransferSender] = deque()
         self._receivers: dict[int, TransferReceiver] = {}
         self._highest_received = 0
-        self._answered: OrderedDict[int, int] = OrderedDict()
+        self._answered: OrderedDict[int, Answered] = OrderedDict()
+        self._completed: OrderedDict[int, None] = OrderedDict()
         self._codec: Codec | None = codec_by_name(config.codec)
-        self._encoding = 0
-        self._encoded: deque[Outgoing] = deque()
+        self._outbound = Outbound(config.chunk_bytes, config.codec_threads, executor, self._codec_of, self.wake)
         self._ack_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
+        self._suspended: asyncio.TimerHandle | None = None
+        self._peer_left = ""
 
     # -- lanes
 
     @property
     def usable(self) -> bool:
-        return bool(self._channels)
+        """A lane is up; one that is closing counts as down."""
+        return self.any_channel() is not None
 
     @property
     def idle(self) -> bool:
         return not self._senders and not self._receivers
 
     async def wait_usable(self) -> None:
-        """Until a lane is up; one that is closing counts as down. Raises PeerRefusedError when the peer refuses our
-        HELLO."""
-        while self.any_channel() is None:
+        """Until a lane is up. Raises PeerRefusedError when the peer refuses our HELLO."""
+        while not self.usable:
             if self.refusal is not None:
                 raise self.refusal
             self._changed.clear()
@@ -164,8 +155,12 @@ class Session:
             old.abort("replaced by a new lane")
             old.lost(None)
         self.refusal = None
+        self.established = True
+        self._peer_left = ""
         self._changed.set()
         self.counters.lanes.inc()
+        if self._suspended is not None:
+            self._resume(channel)
         self._ping(channel)
         if self._tick_timer is None:
             self._tick_timer = self._loop.call_later(self._tick_s(), self._tick)
@@ -180,31 +175,65 @@ class Session:
         writing = channel.writing
         if writing is not None:
             writing.sender.end_read()
+        for receiver in list(self._receivers.values()):
+            receiver.lane_lost(channel)
         for sender in list(self._senders.values()):
-            sender.lane_lost(channel, reason)
+            sender.lane_lost(channel)
         other = self.any_channel()
         if other is not None:
             for receiver in self._receivers.values():
                 receiver.repeat_credit(other)
-            return
-        self.fail_all(LaneLostError(f"all lanes to {self.peer} were lost: {reason}"))
-        self._stop_timers()
-        # The next lanes may lead to a new process behind the same name: it counts from 1, and by another clock.
-        self._answered.clear()
-        self._highest_received = 0
-        self._clock = ClockEstimator()
-        self._on_empty(self)
+        elif not self._channels:
+            self._all_lanes_lost(reason)
 
-    def fail_all(self, error: LaneLostError) -> None:
+    def _all_lanes_lost(self, reason: str) -> None:
+        self._stop_timers()
+        if self._peer_left or self.idle or not self._config.resume_s:
+            self.end(self._peer_left or reason)
+        elif self._suspended is None:
+            log.warning("all kv lanes lost; waiting for new ones", peer=self.peer, resume_s=self._config.resume_s)
+            detail = f"{reason}; no new one within {self._config.resume_s:g} s"
+            self._suspended = self._loop.call_later(self._config.resume_s, self.end, detail)
+
+    def _resume(self, channel: Channel) -> None:
+        """The first lane after all were lost. Either side may have ended transfers meanwhile."""
+        assert self._suspended is not None
+        self._suspended.cancel()
+        self._suspended = None
+        log.info("kv session goes on", peer=self.peer, senders=len(self._senders), receivers=len(self._receivers))
+        channel.send(Resume(list(self._senders)))
+        for receiver in self._receivers.values():
+            receiver.repeat_credit(channel)
+        for sender in list(self._senders.values()):
+            sender.lane_is_back()
+
+    def end(self, reason: str) -> None:
+        """No lane is up and none is waited for: all transfers fail. What comes next is a new session; it may lead to a
+        new process behind the same name, which counts from 1, and by another clock."""
+        if self._suspended is not None:
+            self._suspended.cancel()
+            self._suspended = None
+        error = LaneLostError(f"all lanes to {self.peer} were lost: {reason}")
         for sender in list(self._senders.values()):
             sender.fail(error, tell_peer=False)
         for receiver in list(self._receivers.values()):
             receiver.fail(error, tell_peer=False)
+        self._egress.leave(self)
+        self._stop_timers()
+        self._answered.clear()
+        self._completed.clear()
+        self._highest_received = 0
+        self._clock = ClockEstimator()
+        self.established = False
+        self._on_ended(self)
 
     def close(self, reason: str) -> None:
-        """Close all lanes; `lane_lost` does the rest."""
+        """Close all lanes for good; `lane_lost` does the rest."""
+        self._peer_left = reason
         for channel in list(self._channels.values()):
             channel.close(reason)
+        if not self._channels and (self._suspended is not None or self.established):
+            self.end(reason)
 
     def channels(self) -> list[Channel]:
         return list(self._channels.values())
@@ -216,7 +245,7 @@ class Session:
         return self._clock.estimate(time.monotonic())
 
     def send(self, body: ControlBody, transfer: int, flags: int = 0, *, prefer: Channel | None = None) -> None:
-        """On `prefer` if it is up, else on any lane; nowhere when all are down (their transfers fail anyway)."""
+        """On `prefer` if it is up, else on any lane; nowhere when all are down: RESUME settles it."""
         channel = prefer if prefer is not None and prefer.usable else self.any_channel()
         if channel is not None:
             channel.send(body, transfer, flags)
@@ -227,8 +256,7 @@ class Session:
             channel.send(body, transfer, flags)
 
     def wake(self) -> None:
-        if self._codec is not None:
-            self._encode_ahead()
+        self._outbound.encode_ahead(len(self._channels))
         for channel in self._channels.values():
             channel.wake()
 
@@ -265,15 +293,20 @@ class Session:
         self._last_number += 1
         sender.number = self._last_number
         self._senders[sender.number] = sender
-        self._turns.append(sender)
+
+    def sender_ready(self, sender: TransferSender) -> None:
+        """It may have a chunk to send: opened, given pieces or credit, or a lane has lost some of it."""
+        if sender.next_bytes:
+            self._outbound.activate(sender)
+            self.wake()
 
     def remove_sender(self, sender: TransferSender) -> None:
         """No chunk of it leaves any more, except one that a lane has begun. Idempotent."""
         if self._senders.pop(sender.number, None) is None:
             return
         self.counters.flush()
-        self._turns.remove(sender)
-        self._encoded = deque(outgoing for outgoing in self._encoded if outgoing.sender is not sender)
+        self.counters.moved_chunks.inc(sender.report.moved_chunks)
+        self._outbound.remove(sender)
         self.counters.transfers.labels("sent", "failed" if sender.failed else "completed").inc()
 
     def unwritten(self, sender: TransferSender) -> dict[Channel, int]:
@@ -284,28 +317,43 @@ class Session:
             if channel.writing is not None and channel.writing.sender is sender
         }
 
+    def acknowledged(self, chunks: Sequence[tuple[Channel, float]]) -> None:
+        """Chunks that were begun on a lane at an instant are in their place now."""
+
     def add_receiver(self, number: int, receiver: TransferReceiver) -> None:
         self._receivers[number] = receiver
 
-    def remove_receiver(self, number: int) -> None:
+    def remove_receiver(self, number: int, *, completed: bool = False) -> None:
         """What still comes for it goes to the sink, the rest of a chunk in progress included. Idempotent."""
-        self._receivers.pop(number, None)
+        if self._receivers.pop(number, None) is not None and completed:
+            self._completed[number] = None
+            if len(self._completed) > KEPT_TRANSFERS:
+                self._completed.popitem(last=False)
         self.counters.flush()
         for channel in self._channels.values():
             channel.connection.redirect(number)
             channel.acks.pop(number, None)
 
+    def stop_writing(self, chunk: FrameHeader, *, but: Channel) -> None:
+        """The lane that was receiving this chunk writes no more of it; `but` will."""
+        for channel in self._channels.values():
+            if channel is not but and channel.connection.redirect_chunk(chunk):
+                return
+
     # -- ChannelOwner: sending
 
+    def _codec_of(self, kind: TensorKind) -> Codec | None:
+        return self._codec
+
     def next_outgoing(self, channel: Channel) -> Outgoing | None:
-        if self._codec is not None:
-            outgoing = self._encoded.popleft() if self._encoded else None
-            self._encode_ahead()
-        else:
-            outgoing = self._next_raw()
-        if outgoing is not None:
-            outgoing.sender.begin_read()
-            outgoing.sender.chunk_begun(channel, outgoing.cut)
+        if not self._egress.may_send(self):
+            return None
+        outgoing = self._outbound.next(len(self._channels))
+        if outgoing is None:
+            return None
+        self._egress.sent(len(outgoing.payload))
+        outgoing.sender.begin_read()
+        outgoing.sender.chunk_begun(channel, outgoing.cut)
         return outgoing
 
     def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
@@ -313,61 +361,13 @@ class Session:
         outgoing.sender.chunk_sent(outgoing)
         self.counters.sent(len(outgoing.cut.data), len(outgoing.header) + len(outgoing.payload))
 
-    def _next_cut(self) -> tuple[TransferSender, Cut] | None:
-        """Transfers take turns, a chunk each."""
-        turns = self._turns
-        for _ in range(len(turns)):
-            sender = turns[0]
-            turns.rotate(-1)
-            cut = sender.next_cut()
-            if cut is not None:
-                return sender, cut
-        return None
-
-    def _next_raw(self) -> Outgoing | None:
-        found = self._next_cut()
-        if found is None:
-            return None
-        sender, cut = found
-        checksum = chunk_checksum(cut.data, *cut.place)
-        size = len(cut.data)
-        header = encode_chunk_header(sender.number, cut.sequence, cut.place, size, size, RAW, checksum)
-        return Outgoing(sender, cut, header, cut.data)
-
-    def _encode_ahead(self) -> None:
-        """Keep the encoder threads busy, but not further ahead than the lanes can take: late chunks go first."""
-        limit = self._config.codec_threads + len(self._channels)
-        while self._channels and self._encoding + len(self._encoded) < limit:
-            found = self._next_cut()
-            if found is None:
-                return
-            sender, cut = found
-            assert self._codec is not None
-            form = form_of(sender.layout.layers[cut.layer].tensors[cut.tensor])
-            self._encoding += 1
-            sender.begin_read()
-            job = self._loop.run_in_executor(self._executor, encode_chunk, self._codec, cut, form, sender.number)
-            job.add_done_callback(partial(self._encode_done, sender, cut))
-
-    def _encode_done(self, sender: TransferSender, cut: Cut, job: asyncio.Future[tuple[bytes, memoryview]]) -> None:
-        self._encoding -= 1
-        sender.end_read()
-        if job.cancelled() or (error := job.exception()) is not None:
-            if not job.cancelled():
-                log.error("encoding failed", error=str(error))
-            sender.fail(LaneLostError("the encoder stopped"))
-        elif sender.active:
-            header, payload = job.result()
-            self._encoded.append(Outgoing(sender, cut, header, payload))
-        self.wake()
-
     # -- ChannelOwner: receiving
 
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         receiver = self._receivers.get(chunk.transfer)
         if receiver is not None:
             try:
-                return receiver.place(chunk)
+                return receiver.place(channel, chunk)
             except ProtocolError as error:
                 # The chunk is lost with its lane, so its transfer can't be completed; the others can.
                 receiver.fail(TransferError(f"{self.peer} broke the protocol: {error}"))
@@ -397,7 +397,11 @@ class Session:
         elif isinstance(body, Open):
             self._open(channel, number, body)
         elif isinstance(body, Error):
+            if body.code == "closing":
+                self._peer_left = body.detail or "closed by the peer"
             channel.abort(f"{self.peer} closed the lane: {body.detail or body.code}")
+        elif isinstance(body, Resume):
+            self._resumed_by_peer(channel, body)
         elif event.from_receiver:
             sender = self._senders.get(number)
             if sender is not None:
@@ -406,15 +410,17 @@ class Session:
             receiver = self._receivers.get(number)
             if receiver is not None:
                 self._to_receiver(channel, receiver, body)
+            elif isinstance(body, Finish):
+                self._tell_ended(channel, number)
 
     def _to_sender(self, sender: TransferSender, body: ControlBody) -> None:
         if isinstance(body, Ack):
             sender.acknowledged(body)
             if body.damaged:
-                self.wake()
+                self.sender_ready(sender)
         elif isinstance(body, Credit):
             sender.credited(body.granted_bytes)
-            self.wake()
+            self.sender_ready(sender)
         elif isinstance(body, Opened):
             sender.opened(body)
         elif isinstance(body, Cancel):
@@ -430,11 +436,12 @@ class Session:
         holder = self._receivers.get(number)
         if number < 1 or (holder is not None and holder.spec.transfer_id != body.transfer_id):
             raise ProtocolError(f"OPEN with number {number}, which is no number or another transfer's")
-        if self._answered.get(number, 0) >= body.attempt:
+        known = self._answered.get(number)
+        if known is not None and (known.attempt, known.repeat) >= (body.attempt, body.repeat):
             return  # the same OPEN, on another lane
-        self._answered[number] = body.attempt
-        if len(self._answered) > KEPT_ATTEMPTS:
-            self._answered.popitem(last=False)
+        if known is not None and known.attempt == body.attempt:
+            self._answer_again(channel, number, known._replace(repeat=body.repeat))
+            return
         self._highest_received = max(self._highest_received, number)
         if len(self._receivers) >= self._config.max_transfers and number not in self._receivers:
             answer = Opened(body.attempt, refused="too many transfers are open; transport.max_transfers", kind="engine")
@@ -443,7 +450,37 @@ class Session:
         if answer.refused:
             self.counters.refusals.labels("open").inc()
             log.warning("kv transfer refused", peer=self.peer, reason=answer.refused)
+        self._answered[number] = Answered(body.attempt, body.repeat, answer)
+        if len(self._answered) > KEPT_TRANSFERS:
+            self._answered.popitem(last=False)
         channel.send(answer, number, FROM_RECEIVER)
+
+    def _answer_again(self, channel: Channel, number: int, known: Answered) -> None:
+        self._answered[number] = known
+        channel.send(known.answer, number, FROM_RECEIVER)
+        if known.answer.credit_bytes and number not in self._receivers:
+            self._tell_ended(channel, number)
+
+    def _tell_ended(self, channel: Channel, number: int) -> None:
+        """The sender goes on with a transfer that has ended here: a lane took the word with it, or it is on its way."""
+        if number in self._completed:
+            channel.send(Ack(finished=True), number, FROM_RECEIVER)
+        else:
+            body = Cancel(TransferCancelledError.reason, "the transfer has ended there")
+            channel.send(body, number, FROM_RECEIVER)
+
+    def _resumed_by_peer(self, channel: Channel, body: Resume) -> None:
+        if not body.answer:
+            channel.send(Resume(list(self._senders), answer=True))
+        sending = set(body.sending)
+        for number, receiver in list(self._receivers.items()):
+            if number not in sending:
+                detail = f"{self.peer} ended the transfer while no lane was up"
+                receiver.fail(TransferCancelledError(detail), tell_peer=False)
+        for number in body.sending:
+            known = self._answered.get(number)
+            if number not in self._receivers and known is not None and known.answer.credit_bytes:
+                self._tell_ended(channel, number)
 
     # -- acknowledgements
 
@@ -467,13 +504,3 @@ class Session:
         acks, channel.acks = channel.acks, {}
         for number, (good, bad) in acks.items():
             channel.send(Ack(chunks=good, damaged=bad), number, FROM_RECEIVER)
-
-
-def encode_chunk(codec: Codec, cut: Cut, form: ChunkForm, transfer: int) -> tuple[bytes, memoryview]:
-    """In a thread: (header, payload). A chunk that doesn't shrink goes raw, from the engine's memory."""
-    wire = codec.encode(cut.data, form)
-    payload = cut.data if wire is None else memoryview(wire)
-    number = RAW if wire is None else codec.number
-    checksum = chunk_checksum(cut.data if codec.lossless else payload, *cut.place)
-    header = encode_chunk_header(transfer, cut.sequence, cut.place, len(cut.data), len(payload), number, checksum)
-    return header, payload

@@ -10,16 +10,20 @@ from __future__ import annotations
 import bisect
 import enum
 import heapq
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from prfaas.common.errors import ChecksumError, ProtocolError
+from prfaas.common.errors import ChecksumError, LaneLostError, ProtocolError
 from prfaas.common.kv_layout import Extent, KvLayout
 from prfaas.transport.api import KvPiece, TransferSpec
 from prfaas.transport.frames import FrameHeader
 
 MAX_ATTEMPTS = 2
 """A chunk is sent once more after a checksum mismatch, and no more: twice is no accident."""
+
+MAX_MOVES = 16
+"""Lanes that one chunk may lose: what kills every lane that carries it is no accident of the lanes."""
 
 CREDIT_STEP = 4
 """A CREDIT is due when a quarter of the window has been consumed since the last: few frames, never a stall."""
@@ -38,6 +42,8 @@ class Cut(NamedTuple):
     offset_bytes: int
     data: memoryview
     attempt: int
+    copy: int = 0
+    """Lanes that were lost with it."""
 
     @property
     def place(self) -> tuple[int, int, int, int]:
@@ -60,23 +66,31 @@ def check_place(
 
 
 class SendingTransfer:
-    """put → next_chunk → sent → acknowledged (or damaged: once more). Raises ValueError on pieces that don't fit."""
+    """put → next_chunk → sent → acknowledged. Damaged: once more, as a new chunk; its lane lost: again, as the same.
+    Raises ValueError on pieces that don't fit.
+
+    Credit counts each byte of the KV once, however often it is sent: so does the receiver, which counts what it has and
+    what is coming, and takes back what was damaged or lost with its lane."""
 
     def __init__(self, layout: KvLayout, spec: TransferSpec, chunk_bytes: int) -> None:
         self._extents = layout.extents(spec.tokens, spec.shard)
+        self._token_bytes = [[t.row_bytes_per_token for t in layer.tensors] for layer in layout.layers]
         self._total_bytes = sum(e.total_bytes for layer in self._extents for e in layer)
         self._chunk_bytes = chunk_bytes
         self._ready: list[tuple[int, int, int, int, memoryview]] = []
-        self._resend: list[Cut] = []
+        self._again: deque[Cut] = deque()
         self._unacknowledged: dict[int, Cut] = {}
-        self._unsent = 0
+        self._unsent: set[int] = set()
+        self._acknowledged_bytes = 0
         self._put_bytes = 0
+        self._ready_bytes = 0
         self._used_credit_bytes = 0
         self._granted_bytes = 0
         self._next_sequence = 0
         self._finishing = False
         self._finish_sent = False
         self.resent_chunks = 0
+        self.moved_chunks = 0
         self.finished = False
         """The receiver has said that it has everything."""
 
@@ -99,6 +113,7 @@ class SendingTransfer:
                 raise ValueError(problem)
             if len(data):
                 self._put_bytes += len(data)
+                self._ready_bytes += len(data)
                 heapq.heappush(self._ready, (piece.layer, piece.offset_bytes, piece.tensor, piece.row, data))
 
     def finish(self) -> None:
@@ -107,17 +122,45 @@ class SendingTransfer:
             raise ValueError(f"finish() after {self._put_bytes} of {self._total_bytes} bytes were put")
         self._finishing = True
 
+    @property
+    def next_bytes(self) -> int:
+        """Of the chunk that `next_chunk` would give; 0: none."""
+        if self._again:
+            return len(self._again[0].data)
+        if not self._ready:
+            return 0
+        layer, offset, tensor, _, data = self._ready[0]
+        size = self._chunk_size(layer, tensor, offset, len(data))
+        return size if self._has_credit(size) else 0
+
+    @property
+    def ready_bytes(self) -> int:
+        """Put, and not yet begun."""
+        return self._ready_bytes
+
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """Put, and not known to be in its place."""
+        return self._put_bytes - self._acknowledged_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the whole transfer, put or not, what is not known to be in its place."""
+        return self._total_bytes - self._acknowledged_bytes
+
     def next_chunk(self) -> Cut | None:
-        """The chunk that leaves next, by layer, then token; None when nothing is ready or the credit is used up."""
-        if self._resend:
-            size = len(self._resend[-1].data)
-            return self._start(self._resend.pop()) if self._has_credit(size) else None
+        """The chunk that leaves next: what was lost or damaged, then by layer, then token; None when nothing is ready
+        or the credit is used up."""
+        if self._again:
+            return self._start(self._again.popleft())
         if not self._ready:
             return None
         layer, offset, tensor, row, data = self._ready[0]
-        size = min(len(data), self._chunk_bytes)
+        size = self._chunk_size(layer, tensor, offset, len(data))
         if not self._has_credit(size):
             return None
+        self._ready_bytes -= size
+        self._used_credit_bytes += size
         if size == len(data):
             heapq.heappop(self._ready)
         else:
@@ -125,13 +168,20 @@ class SendingTransfer:
             data = data[:size]
         return self._start(Cut(self._sequence(), layer, tensor, row, offset, data, 1))
 
+    def _chunk_size(self, layer: int, tensor: int, offset: int, ready_bytes: int) -> int:
+        """Cut between two tokens where a chunk holds any: codecs look at whole tokens."""
+        size = min(ready_bytes, self._chunk_bytes)
+        token = self._token_bytes[layer][tensor]
+        if size < ready_bytes and size > token > 0:
+            size -= (offset + size) % token
+        return size
+
     def _has_credit(self, size: int) -> bool:
         return self._used_credit_bytes + size <= self._granted_bytes
 
     def _start(self, cut: Cut) -> Cut:
-        self._used_credit_bytes += len(cut.data)
         self._unacknowledged[cut.sequence] = cut
-        self._unsent += 1
+        self._unsent.add(cut.sequence)
         return cut
 
     def _sequence(self) -> int:
@@ -140,11 +190,30 @@ class SendingTransfer:
 
     def sent(self, sequence: int) -> None:
         """The chunk's last byte was handed to a socket."""
-        self._unsent -= 1
+        self._unsent.discard(sequence)
 
     def acknowledged(self, sequences: Iterable[int]) -> None:
         for sequence in sequences:
-            self._unacknowledged.pop(sequence, None)
+            cut = self._unacknowledged.pop(sequence, None)
+            if cut is not None:
+                self._acknowledged_bytes += len(cut.data)
+                self._unsent.discard(sequence)
+                if self._again:  # a copy has arrived after all
+                    self._again = deque(other for other in self._again if other.sequence != sequence)
+
+    def lost(self, sequences: Iterable[int]) -> None:
+        """The lane that took these chunks is gone: those that were not acknowledged leave again, first. The receiver
+        may have them already; to it they are the same chunks. Raises LaneLostError when one has lost too many lanes."""
+        for sequence in sequences:
+            cut = self._unacknowledged.get(sequence)
+            if cut is None:
+                continue
+            self._unsent.discard(sequence)
+            if cut.copy >= MAX_MOVES:
+                raise LaneLostError(f"{cut.copy} lanes were lost in turn, each with one chunk of layer {cut.layer}")
+            self._unacknowledged[sequence] = moved = cut._replace(copy=cut.copy + 1)
+            self._again.append(moved)
+            self.moved_chunks += 1
 
     def damaged(self, sequences: Iterable[int]) -> None:
         """Send them once more. Raises ChecksumError when one was sent twice already."""
@@ -155,7 +224,8 @@ class SendingTransfer:
             if cut.attempt >= MAX_ATTEMPTS:
                 raise ChecksumError(f"a chunk of layer {cut.layer} arrived damaged {cut.attempt} times")
             self.resent_chunks += 1
-            self._resend.append(cut._replace(sequence=self._sequence(), attempt=cut.attempt + 1))
+            self._unsent.discard(sequence)
+            self._again.append(cut._replace(sequence=self._sequence(), attempt=cut.attempt + 1, copy=0))
 
     @property
     def unacknowledged(self) -> Iterable[int]:
@@ -164,15 +234,34 @@ class SendingTransfer:
     @property
     def finish_due(self) -> bool:
         """FINISH may leave: everything was put and every chunk handed to a socket."""
-        return self._finishing and not self._finish_sent and not self._ready and not self._resend and self._unsent == 0
+        waiting = self._ready or self._again or self._unsent
+        return self._finishing and not self._finish_sent and not waiting
 
     def finish_sent(self) -> None:
         self._finish_sent = True
 
+    def finish_lost(self) -> None:
+        """FINISH was on a lane that is gone: it is due again."""
+        self._finish_sent = False
+
 
 class Placement(enum.Enum):
     NEW = 1
-    DUPLICATE = 2
+    """Its range was free and is claimed now."""
+    TAKEN_OVER = 2
+    """Another lane was receiving an older copy: the sender has given that lane up, this one has the claim now. The
+    caller sees to it that the other lane writes no more."""
+    DUPLICATE = 3
+    """It is here, or being checked, or a newer copy of it is being received."""
+
+
+class Standing(enum.Enum):
+    HELD = 1
+    CHECKING = 2
+    RECEIVING = 3
+    """By a lane."""
+    FREE = 4
+    """Found damaged, or lost with its lane, since the copy began to be drained."""
 
 
 class ByteRanges:
@@ -215,13 +304,24 @@ class ByteRanges:
 
 
 class ReceivingTransfer:
-    """place → (bytes come) → arrived. A range is claimed from `place` on: no two lanes ever write the same one."""
+    """place → (bytes come) → received → arrived or damaged. A range is claimed from `place` on: no two lanes ever write
+    the same one.
+
+        free --place--> receiving by one lane --received--> checking --arrived--> held
+          ^                 |      ^---place by another lane     |
+          '----lane_lost----'                                    |
+          '------------------------damaged-----------------------'
+
+    `lane` is anything hashable that tells lanes apart."""
 
     def __init__(self, layout: KvLayout, spec: TransferSpec, window_bytes: int) -> None:
         self._extents = layout.extents(spec.tokens, spec.shard)
         self._missing = [sum(e.total_bytes for e in layer) for layer in self._extents]
         self._missing_layers = sum(1 for nbytes in self._missing if nbytes)
         self._claimed: dict[tuple[int, int, int], ByteRanges] = {}
+        self._receiving: dict[Hashable, FrameHeader] = {}
+        self._lane_of: dict[tuple[int, int, int, int], Hashable] = {}
+        self._checking: set[tuple[int, int, int, int]] = set()
         self._damaged: set[tuple[int, int, int, int]] = set()
         self._window_bytes = window_bytes
         self._begun_bytes = 0
@@ -238,33 +338,74 @@ class ReceivingTransfer:
         """Layers that are complete from the start."""
         return [layer for layer, nbytes in enumerate(self._missing) if nbytes == 0]
 
-    def place(self, chunk: FrameHeader) -> Placement:
-        """Where a chunk that is about to arrive belongs; NEW claims its range. Raises ProtocolError."""
+    def place(self, chunk: FrameHeader, lane: Hashable) -> Placement:
+        """Where a chunk that is about to arrive on `lane` belongs. Raises ProtocolError."""
         end = chunk.offset_bytes + chunk.raw_bytes
         problem = check_place(self._extents, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes, chunk.raw_bytes)
         if problem is not None:
             raise ProtocolError(f"CHUNK: {problem}")
-        self._begun_bytes += chunk.raw_bytes
-        if self._begun_bytes > self._granted_bytes:
-            raise ProtocolError(f"CHUNK: {self._begun_bytes} bytes sent, {self._granted_bytes} were granted")
         key = (chunk.layer, chunk.tensor, chunk.row)
         ranges = self._claimed.get(key)
         if ranges is None:
             ranges = self._claimed[key] = ByteRanges()
         held = ranges.overlap(chunk.offset_bytes, end)
         if held == 0:
+            if self._begun_bytes + chunk.raw_bytes > self._granted_bytes:
+                begun = self._begun_bytes + chunk.raw_bytes
+                raise ProtocolError(f"CHUNK: {begun} bytes sent, {self._granted_bytes} were granted")
+            self._begun_bytes += chunk.raw_bytes
             ranges.add(chunk.offset_bytes, end)
+            self._claim(chunk, lane)
             return Placement.NEW
         if held < chunk.raw_bytes:
             raise ProtocolError(
                 f"CHUNK overlaps {held} bytes that are here already: layer {chunk.layer} tensor {chunk.tensor} "
                 f"row {chunk.row} [{chunk.offset_bytes}, {end})"
             )
+        other = self._lane_of.get(_place(chunk))
+        if other is not None:
+            older = self._receiving[other]
+            if older.raw_bytes != chunk.raw_bytes:
+                raise ProtocolError(f"CHUNK of {chunk.raw_bytes} bytes where another lane is receiving another number")
+            if chunk.copy > older.copy:
+                del self._receiving[other]
+                self._claim(chunk, lane)
+                return Placement.TAKEN_OVER
         self.duplicate_chunks += 1
         return Placement.DUPLICATE
 
+    def _claim(self, chunk: FrameHeader, lane: Hashable) -> None:
+        self._receiving[lane] = chunk
+        self._lane_of[_place(chunk)] = lane
+
+    def standing(self, chunk: FrameHeader) -> Standing:
+        """Of a chunk's range, for a copy of it that was drained."""
+        place = _place(chunk)
+        if place in self._lane_of:
+            return Standing.RECEIVING
+        if place in self._checking:
+            return Standing.CHECKING
+        ranges = self._claimed[place[:3]]
+        held = ranges.overlap(chunk.offset_bytes, chunk.offset_bytes + chunk.raw_bytes)
+        return Standing.HELD if held == chunk.raw_bytes else Standing.FREE
+
+    def lane_lost(self, lane: Hashable) -> None:
+        """The range that it was receiving is free again: the chunk comes once more, on another lane."""
+        chunk = self._receiving.pop(lane, None)
+        if chunk is not None:
+            del self._lane_of[_place(chunk)]
+            self._begun_bytes -= chunk.raw_bytes
+            self._release(chunk)
+
+    def received(self, chunk: FrameHeader) -> None:
+        """All bytes of a claimed chunk are here; `arrived` or `damaged` follows."""
+        place = _place(chunk)
+        del self._receiving[self._lane_of.pop(place)]
+        self._checking.add(place)
+
     def arrived(self, chunk: FrameHeader) -> bool:
-        """A NEW chunk is in its place and its checksum matched. True: this completed its layer."""
+        """A received chunk is in its place and its checksum matched. True: this completed its layer."""
+        self._checking.discard(_place(chunk))
         self._consumed_bytes += chunk.raw_bytes
         self._missing[chunk.layer] -= chunk.raw_bytes
         if self._missing[chunk.layer]:
@@ -273,20 +414,18 @@ class ReceivingTransfer:
         return True
 
     def damaged(self, chunk: FrameHeader) -> None:
-        """A NEW chunk's checksum did not match: its range is open again. Raises ChecksumError at the second time."""
-        self._consumed_bytes += chunk.raw_bytes
+        """A received chunk's checksum did not match: its range is free again. Raises ChecksumError at the second
+        time."""
+        place = _place(chunk)
+        self._checking.discard(place)
+        self._begun_bytes -= chunk.raw_bytes
         self._release(chunk)
-        place = (chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes)
         if place in self._damaged:
             raise ChecksumError(
                 f"layer {chunk.layer} tensor {chunk.tensor} row {chunk.row} byte {chunk.offset_bytes}: "
                 f"the checksum did not match, twice"
             )
         self._damaged.add(place)
-
-    def drained(self, chunk: FrameHeader) -> None:
-        """A duplicate's bytes went to the sink."""
-        self._consumed_bytes += chunk.raw_bytes
 
     def _release(self, chunk: FrameHeader) -> None:
         key = (chunk.layer, chunk.tensor, chunk.row)
@@ -311,3 +450,7 @@ class ReceivingTransfer:
             return None
         self._granted_bytes = granted
         return granted
+
+
+def _place(chunk: FrameHeader) -> tuple[int, int, int, int]:
+    return chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes

@@ -31,6 +31,7 @@ from prfaas.services.engine.tokenizer import TextStream, Tokenizer
 from prfaas.services.leases import Lease, Leases
 from prfaas.services.messages import DecodeCall, KvAddressMessage, SamplingMessage, TicketEvent, to_json
 from prfaas.services.sse import SseResponse
+from prfaas.services.tls import check_caller
 from prfaas.services.web import Signer, parse_json, read_signed
 from prfaas.transport.api import KvReceiver, LinkClock, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
@@ -58,6 +59,7 @@ class DecodeService:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         received_s = time.monotonic()
         call = await parse_json(await read_signed(request, self.signer), DecodeCall)
+        check_caller(request, call.router, ("router",))
         log.bind_request(call.request_id)
         self._check(call)
         async with self.leases.hold(call.router, request) as lease, SseResponse(request, self.config.ping_s) as out:

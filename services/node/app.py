@@ -15,6 +15,7 @@ from prfaas.common import log
 from prfaas.common.config import Config, EngineConfig, parse_address
 from prfaas.common.errors import ConfigError, UnavailableError
 from prfaas.common.metrics import Metrics
+from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.decode.handler import DecodeService
 from prfaas.services.engine.api import Engine
@@ -25,6 +26,8 @@ from prfaas.services.node.heartbeat import RouterLink
 from prfaas.services.prefill.handler import PrefillService
 from prfaas.transport.api import KvAddress, LinkClock
 from prfaas.transport.endpoint import KvEndpoint
+from prfaas.transport.lanes.tcp import TcpBackend
+from prfaas.transport.tls import Tls
 
 # A body of 262,144 token ids and their JSON, several times over.
 MAX_BODY_BYTES = 64 << 20
@@ -41,7 +44,9 @@ class Node:
         self.config = config
         self.role = role
         self.engine = engine
-        self.name = config.node.name or f"{role}-{secrets.token_hex(4)}"
+        self.tls = services_tls.open_tls(config.tls, "node.name", config.node.name, role)
+        certified = self.tls.identity.name if self.tls is not None else ""
+        self.name = config.node.name or certified or f"{role}-{secrets.token_hex(4)}"
         self.epoch = secrets.token_hex(8)
         self.metrics = Metrics()
         self.leases = Leases()
@@ -75,6 +80,7 @@ class Node:
             clock_skew_s=config.cluster.clock_skew_s,
             metrics=self.metrics.transport,
             region=config.node.region,
+            backend=TcpBackend(config.transport, self.tls) if self.tls is not None else None,
         )
         try:
             await self.endpoint.start()
@@ -129,6 +135,7 @@ class Node:
                 self._heartbeat,
                 self._answered,
                 self._router_died,
+                self.tls,
             )
             self._links.append(link)
             self._beating.append(asyncio.create_task(link.run()))
@@ -238,11 +245,15 @@ def make_engine(config: EngineConfig) -> Engine:
 @contextlib.asynccontextmanager
 async def running_node(config: Config, role: str, engine: Engine) -> AsyncIterator[Node]:
     """A whole node, listening and heartbeating, until the block ends; then it leaves, at once."""
-    _url(*parse_address(config.node.bind), config.node.advertise)  # before a model is loaded for nothing
     app = make_app(config, role, engine)
     node = app[NODE]
-    async with services_web.listening(app, config.node.bind, secret=node.secret, key="node.bind") as (host, port):
-        node.heartbeat(_url(host, port, config.node.advertise))
+    _check_addresses(config, node.tls)
+    services_tls.warn_if_open({"node.bind": config.node.bind, "transport.bind": config.transport.bind}, node.tls)
+    async with services_web.listening(app, config.node.bind, secret=node.secret, key="node.bind", tls=node.tls) as (
+        host,
+        port,
+    ):
+        node.heartbeat(_url(host, port, config.node.advertise, node.tls))
         try:
             yield node
         finally:
@@ -251,7 +262,18 @@ async def running_node(config: Config, role: str, engine: Engine) -> AsyncIterat
             await node.leave()
 
 
-def _url(host: str, port: int, advertise: str) -> str:
+def _check_addresses(config: Config, tls: Tls | None) -> None:
+    """Before a model is loaded for nothing. Raises ConfigError."""
+    _url(*parse_address(config.node.bind), config.node.advertise, tls)
+    urls = {"node.advertise": (config.node.advertise,), "node.routers": config.node.routers}
+    problems = services_tls.url_problems(urls, tls)
+    if tls is not None and config.transport.backend != "tcp":
+        problems.append(f"transport.backend = {config.transport.backend!r} is not encrypted: with [tls] it must be tcp")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _url(host: str, port: int, advertise: str, tls: Tls | None) -> str:
     """Where routers reach the node. Raises ConfigError for a wildcard address: nobody can dial it."""
     if advertise:
         return advertise.rstrip("/")
@@ -260,8 +282,8 @@ def _url(host: str, port: int, advertise: str) -> str:
         if address.is_unspecified:
             raise ConfigError([f"node.bind is {host}: set node.advertise to the URL under which routers reach it"])
         if address.version == 6:
-            return f"http://[{host}]:{port}"
-    return f"http://{host}:{port}"
+            host = f"[{host}]"
+    return f"{'http' if tls is None else 'https'}://{host}:{port}"
 
 
 async def run(config: Config, role: str) -> None:

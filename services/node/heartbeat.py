@@ -12,9 +12,10 @@ import msgspec
 from prfaas.common import log
 from prfaas.common.metrics import NodeMetrics
 from prfaas.services.messages import Heartbeat, HeartbeatAnswer, to_json
-from prfaas.services.web import Signer, signed_post
+from prfaas.services.web import Signer, signed_post, why_not_connected
 from prfaas.transport.api import LinkClock
 from prfaas.transport.clock import ClockEstimator
+from prfaas.transport.tls import Tls
 from yarl import URL
 
 PATH = "nodes/heartbeat"
@@ -40,6 +41,7 @@ class RouterLink:
         make_heartbeat: Callable[[LinkClock | None], Heartbeat],
         on_answer: Callable[[HeartbeatAnswer], None],
         on_dead: Callable[[str], None],
+        tls: Tls | None = None,
     ) -> None:
         self.url = URL(url)
         self._session = session
@@ -50,6 +52,7 @@ class RouterLink:
         self._make_heartbeat = make_heartbeat
         self._on_answer = on_answer
         self._on_dead = on_dead
+        self._tls = tls
         self._estimator = ClockEstimator()
         self._death: asyncio.TimerHandle | None = None
         self._now = asyncio.Event()
@@ -95,7 +98,7 @@ class RouterLink:
         except TimeoutError:
             self._failed(f"no answer within {timeout_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            self._failed(str(error) or type(error).__name__)
+            self._failed(why_not_connected(error))
         except (msgspec.DecodeError, ValueError) as error:
             self._failed(f"its answer is not understood: {error}")
         else:
@@ -105,7 +108,8 @@ class RouterLink:
         sent_s = time.monotonic()
         body = to_json(self._make_heartbeat(self.clock))
         async with asyncio.timeout(timeout_s):
-            async with await signed_post(self._session, self.url / PATH, body, self._signer) as response:
+            tls = self._tls.client(roles=("router",)) if self._tls is not None else None
+            async with await signed_post(self._session, self.url / PATH, body, self._signer, tls=tls) as response:
                 data = await _read_bounded(response)
         received_s = time.monotonic()
         if response.status != 200:

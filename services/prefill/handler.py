@@ -13,6 +13,7 @@ from prfaas.services.engine.api import Engine, PrefillDone, PrefillRequest
 from prfaas.services.leases import Leases
 from prfaas.services.messages import PrefillCall, PrefillResult
 from prfaas.services.sse import SseResponse
+from prfaas.services.tls import check_caller
 from prfaas.services.web import Signer, parse_json, read_signed
 from prfaas.transport.api import KvAddress, KvSender
 from prfaas.transport.endpoint import KvEndpoint
@@ -31,6 +32,7 @@ class PrefillService:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         call = await parse_json(await read_signed(request, self.signer), PrefillCall)
+        check_caller(request, call.router, ("router",))
         log.bind_request(call.request_id)
         lease = self.leases.hold(call.router, request)
         sender = self._sender(call)

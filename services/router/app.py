@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import secrets
 import time
@@ -24,6 +25,7 @@ from prfaas.common.errors import (
 )
 from prfaas.common.metrics import Metrics
 from prfaas.common.scheduling.least_loaded import LeastLoaded
+from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
@@ -34,6 +36,7 @@ from prfaas.services.router.registry import LEASE_S, ROLES, Registry
 from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
+from prfaas.transport.tls import Tls
 
 GARBAGE_THRESHOLD = 10_000
 """Allocations between two searches for cyclic garbage; Python's own choice is 700."""
@@ -51,6 +54,7 @@ class Router:
     api_keys: tuple[str, ...]
     signer: Signer
     prompts: Prompts
+    tls: Tls | None = None
     metrics: Metrics = field(default_factory=Metrics)
     registry: Registry = field(default_factory=Registry)
     started_at_s: int = field(default_factory=lambda: int(time.time()))
@@ -249,6 +253,8 @@ async def heartbeat(http: web.Request) -> web.Response:
         logger.warning("heartbeat_refused", peer=http.remote, error=str(error))
         raise
     try:
+        services_tls.check_caller(http, message.node, (message.role,))
+        _check_url(router, message)
         registered = router.registry.heartbeat(message, received_s)
     except RequestError as error:
         outcomes.labels("refused").inc()
@@ -266,6 +272,17 @@ async def heartbeat(http: web.Request) -> web.Response:
     return json_response(HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers, LEASE_S))
 
 
+def _check_url(router: Router, message: Heartbeat) -> None:
+    """Calls to the node must be as safe as its heartbeats."""
+    wanted = "http" if router.tls is None else "https"
+    if not message.url.startswith(f"{wanted}://"):
+        raise RequestError(
+            f"url must be {wanted}://..., as this router has {'no ' if router.tls is None else ''}[tls], "
+            f"not {message.url[:200]!r}",
+            param="url",
+        )
+
+
 # -- wiring -----------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +297,7 @@ def make_app(config: Config) -> web.Application:
         api_keys=read_api_keys(config.router),
         signer=Signer.of(secret, config.cluster),
         prompts=Prompts(load_tokenizer(config.router.model_path), config.router.tokenizer_threads),
+        tls=services_tls.open_tls(config.tls, "router.name", config.router.name, "router"),
     )
     app = services_web.make_app(
         router.metrics, not_ready=router.why_not_ready, max_body_bytes=config.router.max_body_bytes
@@ -306,7 +324,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     async with services_web.client_session() as session:
         app[DISPATCHER] = Dispatcher(
             router.config.name,
-            Nodes(session, router.signer),
+            Nodes(session, router.signer, router.tls),
             router.registry,
             LeastLoaded(router.config.offload_threshold_tokens),
             router.metrics.router,
@@ -348,6 +366,15 @@ def read_api_keys(config: RouterConfig) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def listening(app: web.Application, bind: str) -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
+    """Clients and nodes come to one port. Over TLS both use https: nodes must show their certificates, clients need
+    none (their API keys say who they are)."""
+    router = app[ROUTER]
+    return services_web.listening(
+        app, bind, secret=router.secret, key="router.bind", tls=router.tls, client_certificates=False
+    )
+
+
 async def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT."""
     app = make_app(config)
@@ -357,8 +384,10 @@ async def run(config: Config) -> None:
         logger.warning(
             "api_is_open", bind=config.router.bind, mend="set router.api_keys_file: anyone may send requests"
         )
-    async with services_web.listening(app, config.router.bind, secret=router.secret, key="router.bind") as (_, port):
-        logger.info("router_listens", name=config.router.name, url=f"http://{host}:{port}")
+    services_tls.warn_if_open({"router.bind": config.router.bind}, router.tls)
+    async with listening(app, config.router.bind) as (_, port):
+        scheme = "http" if router.tls is None else "https"
+        logger.info("router_listens", name=config.router.name, url=f"{scheme}://{host}:{port}")
         await services_web.stop_signal()
 
 

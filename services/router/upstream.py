@@ -17,7 +17,8 @@ from prfaas.common.errors import PrfaasError, ProtocolError
 from prfaas.services.messages import ErrorBody, ErrorDetail, PrefillCall, PrefillResult
 from prfaas.services.router.node_stream import Batch, NodeStream
 from prfaas.services.router.registry import Node
-from prfaas.services.web import CONNECT_TIMEOUT_S, Signer, signed_post
+from prfaas.services.web import CONNECT_TIMEOUT_S, Signer, signed_post, why_not_connected
+from prfaas.transport.tls import Tls
 from yarl import URL
 
 SILENT_S = 10.0
@@ -101,7 +102,7 @@ class NodeCall:
                 return None
             batch = self._stream.feed(data)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise NodeUnreachableError(self.node, _words(error)) from error
+            raise NodeUnreachableError(self.node, why_not_connected(error)) from error
         except ProtocolError as error:
             raise NodeFailedError(self.node, str(error)) from error
         for name, event in batch.events:
@@ -138,9 +139,10 @@ class NodeCall:
 class Nodes:
     """The shell that calls nodes."""
 
-    def __init__(self, session: aiohttp.ClientSession, signer: Signer) -> None:
+    def __init__(self, session: aiohttp.ClientSession, signer: Signer, tls: Tls | None = None) -> None:
         self._session = session
         self._signer = signer
+        self._tls = tls
         self._urls: dict[tuple[URL, str], URL] = {}
         self._unclosed: set[NodeCall] = set()
         self._next_look: asyncio.TimerHandle | None = None
@@ -151,10 +153,16 @@ class Nodes:
         try:
             async with asyncio.timeout(SILENT_S + len(body) / SLOWEST_UPLOAD_BYTES_S):
                 response = await signed_post(
-                    self._session, self._url(node, path), body, self._signer, request_id=request_id, limits=LIMITS
+                    self._session,
+                    self._url(node, path),
+                    body,
+                    self._signer,
+                    request_id=request_id,
+                    limits=LIMITS,
+                    tls=self._tls.client(name=node.name, roles=(node.role,)) if self._tls is not None else None,
                 )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise NodeUnreachableError(node, _words(error)) from error
+            raise NodeUnreachableError(node, why_not_connected(error)) from error
         if response.status != 200:
             with closing(response):
                 raise await _refusal(node, response)
@@ -219,7 +227,3 @@ def _error_detail(data: bytes) -> ErrorDetail:
         return msgspec.json.decode(data, type=ErrorBody).error
     except msgspec.DecodeError:
         return ErrorDetail("the node gave no reason", "server_error")
-
-
-def _words(error: Exception) -> str:
-    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)

@@ -7,8 +7,9 @@ from prfaas.common.errors import AuthenticationError
 SECRET = b"s" * 32
 
 
-def check(headers, *, secret=SECRET, method="POST", path="/decode", body=b"{}", now_s=1000.0, nonces=None):
-    verify_http(secret, method, path, body, headers, now_s, 60.0, nonces or NonceWindow(120.0))
+def check(headers, *, secret=SECRET, method="POST", path="/decode", body=b"{}", now_s=1000.0, at_s=50.0, nonces=None):
+    """now_s: the verifier's wall clock; at_s: its monotonic clock."""
+    verify_http(secret, method, path, body, headers, now_s, at_s, 60.0, nonces or NonceWindow(120.0))
 
 
 def signed(now_s=1000.0, nonce="n1"):
@@ -73,7 +74,47 @@ def test_replay_is_refused():
     check(signed(), nonces=nonces)
     with pytest.raises(AuthenticationError, match="seen before"):
         check(signed(), nonces=nonces)
-    check(signed(now_s=1200.0), now_s=1200.0, nonces=nonces)
+    check(signed(now_s=1200.0), now_s=1200.0, at_s=250.0, nonces=nonces)
+
+
+def test_a_wall_clock_set_forwards_forgets_no_nonce():
+    """Forwards by an hour and back again: what was recorded before is within the skew again, and still a replay."""
+    nonces = NonceWindow(120.0)
+    check(signed(), nonces=nonces)
+    check(signed(now_s=4600.0, nonce="n2"), now_s=4600.0, at_s=51.0, nonces=nonces)
+    with pytest.raises(AuthenticationError, match="seen before"):
+        check(signed(), now_s=1002.0, at_s=52.0, nonces=nonces)
+
+
+def test_a_wall_clock_set_back_opens_no_replay():
+    """When its nonce is forgotten, the clock is set back to when the call was recorded. Calls that are signed after
+    all that is forgotten go on."""
+    nonces = NonceWindow(120.0)
+    check(signed(), nonces=nonces)
+    check(signed(now_s=1300.0, nonce="n2"), now_s=1300.0, at_s=350.0, nonces=nonces)
+    with pytest.raises(AuthenticationError, match="set back"):
+        check(signed(), now_s=1000.0, at_s=351.0, nonces=nonces)
+    check(signed(now_s=1001.0, nonce="n3"), now_s=1001.0, at_s=351.0, nonces=nonces)
+
+
+def test_nonces_that_are_forgotten_refuse_nothing_fresh():
+    """A peer ahead by all of the skew does not shut out one that is behind by nearly all of it."""
+    nonces = NonceWindow(120.0)
+    for second in range(0, 1000, 10):
+        check(signed(1060.0 + second, f"ahead {second}"), now_s=1000.0 + second, at_s=float(second), nonces=nonces)
+        check(signed(940.1 + second, f"behind {second}"), now_s=1000.0 + second, at_s=float(second), nonces=nonces)
+
+
+def test_a_full_window_refuses_the_newest(monkeypatch):
+    """Rather than to forget the oldest, which would open it to replay; the reason says so."""
+    monkeypatch.setattr("prfaas.common.auth.MAX_NONCES", 2)
+    nonces = NonceWindow(120.0)
+    for nonce in "ab":
+        check(signed(nonce=nonce), nonces=nonces)
+    with pytest.raises(AuthenticationError, match="too many"):
+        check(signed(nonce="c"), nonces=nonces)
+    with pytest.raises(AuthenticationError, match="seen before"):
+        check(signed(nonce="a"), nonces=nonces)
 
 
 def test_parts_do_not_run_together():

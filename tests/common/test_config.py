@@ -70,15 +70,47 @@ def test_bad_numbers(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "address"), [("a:1", ("a", 1)), ("[::1]:80", ("::1", 80)), ("10.0.0.1:0", ("10.0.0.1", 0))]
+    ("text", "address"),
+    [
+        ("a:1", ("a", 1)),
+        ("[::1]:80", ("::1", 80)),
+        ("10.0.0.1:0", ("10.0.0.1", 0)),
+        ("[fe80::1%eth0]:9000", ("fe80::1%eth0", 9000)),
+        ("[fe80::1%wg-prfaas.12]:9000", ("fe80::1%wg-prfaas.12", 9000)),
+        ("[fe80::1%2]:9000", ("fe80::1%2", 9000)),
+        ("[::ffff:10.0.0.1]:1", ("::ffff:10.0.0.1", 1)),
+    ],
 )
 def test_addresses(text, address):
-    """host:port, IPv4 and bracketed IPv6."""
+    """host:port, IPv4 and bracketed IPv6, with the interface of a link-local address where it has one."""
     assert config.parse_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["a", ":1", "a:b", "::1:80", "a:70000", "a b:1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a", ":1", "a:b", "::1:80", "a:70000", "a b:1", "a:1\u0662", "[]:1", "[a]:1", "[10.0.0.1]:1", "[fe80::1%]:1",
+        "[fe80::1%a%b]:1", "[fe80::1%a b]:1", "[fe80::1%eth0]", "fe80::1%eth0:1", "[::1:1", "[[::1]]:1",
+    ],
+)  # fmt: skip
 def test_bad_addresses(text):
     """What is ambiguous or out of range is refused."""
     with pytest.raises(ValueError, match="host:port"):
         config.parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("::1%lo", True),
+        ("127.0.0.2", True),
+        ("localhost", True),
+        ("fe80::1%lo", False),
+        ("fe80::1%eth0", False),
+        ("::", False),
+        ("example", False),
+    ],
+)
+def test_loopback(host, loopback):
+    """What only this machine can reach; a link-local address is no such, whatever its interface is called."""
+    assert config.is_loopback(host) is loopback

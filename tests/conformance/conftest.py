@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import uvloop
 from prfaas.common.config import TransportConfig
-from prfaas.transport.lanes.api import Backend
+from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.memory import MemoryNetwork
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.lanes.ucx import make_ucx_backend
 from prfaas.transport.lanes.ucx_binding import ucx_problem
+from prfaas.transport.tls import Tls
 
+from tests.certificates import make_certificates
 from tests.conformance.kv_harness import SECRET, FaultyBackend, MakeBackend
 
 
@@ -24,19 +27,41 @@ def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Cal
 UCX = pytest.param("ucx", marks=pytest.mark.skipif(ucx_problem() is not None, reason=str(ucx_problem())))
 
 
-@pytest.fixture(params=["memory", "tcp", UCX])
+@pytest.fixture(params=["memory", "tcp", "tls", UCX])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def backend(kind: str) -> MakeBackend:
+def backend(kind: str, tmp_path: Path) -> MakeBackend:
     makers: dict[str, MakeBackend] = {
         "memory": lambda _config: MemoryNetwork(),
         "tcp": TcpBackend,
+        "tls": lambda config: TlsNetwork(config, tmp_path),
         "ucx": lambda config: make_ucx_backend(config, SECRET),
     }
     return makers[kind]
+
+
+class TlsNetwork:
+    """TCP with TLS; each node has its own certificate, of one CA."""
+
+    def __init__(self, config: TransportConfig, directory: Path) -> None:
+        self._config = config
+        self._directory = directory
+        self._nodes: dict[str, TcpBackend] = {}
+
+    def of(self, node: str) -> Backend:
+        if node not in self._nodes:
+            made = make_certificates(self._directory, f"{node}:prefill+decode", force=True)
+            self._nodes[node] = TcpBackend(self._config, Tls(made[node]))
+        return self._nodes[node]
+
+    async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        return await self.of("listener").listen(host, port, handler)
+
+    async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
+        await self.of("dialler").dial(host, port, handler)
 
 
 @pytest.fixture

@@ -44,6 +44,11 @@ SOON_S = 10.0
 """How long anything that must happen may take; nothing waits so long when it works."""
 
 
+def of_node(backend: Backend, node: str) -> Backend:
+    """What `node` has of it: its own certificate, over TLS."""
+    return backend.of(node) if hasattr(backend, "of") else backend
+
+
 def dense(layers: int = 4, heads: int = 2, dtype: str = "bfloat16") -> KvLayout:
     kv = (TensorLayout(TensorKind.KEY, dtype, heads, (64,)), TensorLayout(TensorKind.VALUE, dtype, heads, (64,)))
     return KvLayout((LayerLayout(kv),) * layers)
@@ -188,7 +193,7 @@ class Pair:
             layout=self.layout,
             model_fingerprint=fingerprint,
             secret=secret,
-            backend=self.backend,
+            backend=of_node(self.backend, node),
         )
 
     def offer(
@@ -228,7 +233,8 @@ async def pair(backend: MakeBackend, layout: KvLayout | None = None, **settings:
     made = backend(config)
 
     def endpoint(node: str) -> KvEndpoint:
-        return KvEndpoint(config, node=node, layout=layout, model_fingerprint=FINGERPRINT, secret=SECRET, backend=made)
+        mine = of_node(made, node)
+        return KvEndpoint(config, node=node, layout=layout, model_fingerprint=FINGERPRINT, secret=SECRET, backend=mine)
 
     near, far = endpoint("near"), endpoint("far")
     await near.start()
@@ -260,12 +266,15 @@ class FaultyBackend:
         self.lanes: list[FaultyHandler] = []
 
     async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
-        return await self.inner.listen(host, port, lambda: self._wrap(handler()))
+        return await self.inner.listen(host, port, lambda: self.wrap(handler()))
 
     async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
-        await self.inner.dial(host, port, self._wrap(handler))
+        await self.inner.dial(host, port, self.wrap(handler))
 
-    def _wrap(self, handler: LaneHandler) -> FaultyHandler:
+    def of(self, node: str) -> Backend:
+        return FaultyOfNode(self, of_node(self.inner, node))
+
+    def wrap(self, handler: LaneHandler) -> FaultyHandler:
         wrapped = FaultyHandler(self, handler)
         self.lanes.append(wrapped)
         return wrapped
@@ -279,6 +288,20 @@ class FaultyBackend:
             while len(self.lanes) < after + lanes or any(h.open or h.lane is None for h in self.lanes[after:]):
                 changed.clear()
                 await changed.wait()
+
+
+class FaultyOfNode:
+    """One node's part of a FaultyBackend."""
+
+    def __init__(self, faults: FaultyBackend, inner: Backend) -> None:
+        self._faults = faults
+        self._inner = inner
+
+    async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        return await self._inner.listen(host, port, lambda: self._faults.wrap(handler()))
+
+    async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
+        await self._inner.dial(host, port, self._faults.wrap(handler))
 
 
 class FaultyHandler:

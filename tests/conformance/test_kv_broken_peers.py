@@ -73,7 +73,7 @@ def closed_with(logs: list[dict[str, object]], reason: str) -> bool:
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"." * 40, "not a PrfaaS frame"),
         (control_frame(FrameType.HELLO, b".", version=77), "version 77"),
-        (control_frame(FrameType.FETCH, b"."), "reserved"),
+        (control_frame(FrameType.LINK, b"."), "reserved"),
         (control_frame(FrameType.HELLO, b".", body_bytes=1 << 31), "the limit is"),
         (chunk_frame(b"." * 64), "not legal before HELLO"),
         (encode_control(Ping(1.0)), "not legal before HELLO"),
@@ -172,7 +172,7 @@ BROKEN = {
     "magic": (control_frame(FrameType.PING, PING, magic=0x4142), "not a PrfaaS frame"),
     "version": (control_frame(FrameType.PING, PING, version=9), "frame version 9"),
     "unknown-type": (control_frame(99, PING), "frame type 99"),
-    "reserved-type": (control_frame(FrameType.RESUME, PING), "reserved"),
+    "reserved-type": (control_frame(FrameType.LINK, PING), "reserved"),
     "second-hello": (control_frame(FrameType.HELLO, hello_body("0" * 32)), "HELLO is not legal open"),
     "credit-from-the-sender": (control_frame(FrameType.CREDIT, {"granted_bytes": 1}, transfer=1), "direction"),
     "chunk-from-the-receiver": (chunk_frame(b"." * 64, flags=FROM_RECEIVER), "direction"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -88,6 +90,26 @@ async def test_who_answers_must_be_the_node_that_was_dialled(backend: MakeBacken
         with pytest.raises(PeerRefusedError, match="third answers where far was dialled"):
             await transfer.sender.open()
         await transfer.receiver.aclose()
+        await p.send()
+
+
+def link_local_address() -> str | None:
+    """Of an interface of this machine, as `address%interface`; None where it has none."""
+    if_inet6 = Path("/proc/net/if_inet6")
+    for line in if_inet6.read_text().splitlines() if if_inet6.is_file() else []:
+        digits, _, _, scope, _, interface = line.split()
+        if int(scope, 16) == 0x20:
+            return f"{ipaddress.IPv6Address(int(digits, 16))}%{interface}"
+    return None
+
+
+async def test_link_local_addresses() -> None:
+    """IPv6 addresses that mean nothing without their interface: bound, advertised with it, dialled."""
+    address = link_local_address()
+    if address is None:
+        pytest.skip("no interface has a link-local IPv6 address")
+    async with pair(TcpBackend, dense(), bind=f"[{address}]:0") as p:
+        assert p.far.addresses[0].host == address
         await p.send()
 
 

@@ -294,37 +294,6 @@ async def test_damage_twice_fails_that_transfer_alone(faulty: MakeBackend, fault
 # -- lanes ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_lane_that_dies_fails_its_transfers_and_comes_back(
-    faulty: MakeBackend, faults: list[FaultyBackend]
-) -> None:
-    """LaneLostError on both sides for what was on it; afterwards transfers work again by themselves."""
-    async with pair(faulty, dense(layers=8)) as p:
-        await p.send()
-        transfer = p.offer(spec_of(p.layout))
-        await transfer.sender.open()
-        killed = asyncio.Event()
-
-        def kill(_header: FrameHeader) -> None:
-            if not killed.is_set():
-                killed.set()
-                lane = next(handler.lane for handler in faults[0].lanes if handler.received_chunks)
-                asyncio.get_running_loop().call_soon(lane.abort)
-
-        for handler in faults[0].lanes:
-            handler.received_chunks = 0
-        faults[0].on_chunk = kill
-        transfer.put_all()
-        async with asyncio.timeout(SOON_S):
-            with pytest.raises(LaneLostError):
-                await transfer.sender.done()
-            with pytest.raises(LaneLostError):
-                await transfer.receiver.finished()
-        assert isinstance(transfer.sender.failed, LaneLostError)
-        await transfer.sender.aclose()
-        await transfer.receiver.aclose()
-        await p.send(seed=2)
-
-
 async def test_a_peer_that_restarts_is_found_again(backend: MakeBackend) -> None:
     """The decode node goes and comes back at the same address: the session redials, old tickets are refused."""
     async with pair(backend, dense()) as p:

@@ -11,7 +11,7 @@ from prfaas.common.errors import ChecksumError, ProtocolError
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.transport.api import KvPiece, TransferSpec
 from prfaas.transport.frames import HEADER, FrameHeader, encode_chunk_header
-from prfaas.transport.transfer import ByteRanges, Cut, Placement, ReceivingTransfer, SendingTransfer
+from prfaas.transport.transfer import ByteRanges, Cut, Placement, ReceivingTransfer, SendingTransfer, Standing
 
 KEY_AND_VALUE = tuple(TensorLayout(kind, "bfloat16", 2, (4,)) for kind in (TensorKind.KEY, TensorKind.VALUE))
 STATE = TensorLayout(TensorKind.RECURRENT, "float32", 1, (10, 3))
@@ -22,7 +22,7 @@ ROW_BYTES = 37 * 8
 
 def header(cut: Cut) -> FrameHeader:
     size = len(cut.data)
-    return FrameHeader._make(HEADER.unpack(encode_chunk_header(1, cut.sequence, cut.place, size, size, 0, 0)))
+    return FrameHeader._make(HEADER.unpack(encode_chunk_header(1, cut.sequence, cut.place, size, size, 0, 0, cut.copy)))
 
 
 def rows() -> list[tuple[int, int, int, int]]:
@@ -72,7 +72,8 @@ def test_everything_arrives_once_whatever_the_order_and_the_credit(
         if not on_wire:
             break
         cut = on_wire.pop(rng.randrange(len(on_wire)))
-        assert receiver.place(header(cut)) is Placement.NEW
+        assert receiver.place(header(cut), "lane") is Placement.NEW
+        receiver.received(header(cut))
         if rng.random() < damage and cut.place not in hurt:
             hurt.add(cut.place)
             receiver.damaged(header(cut))
@@ -130,31 +131,52 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
             sender.put([KvPiece(*place, memoryview(b"x"))])
 
 
-def chunk(offset: int, size: int, row: int = 0, layer: int = 0) -> FrameHeader:
-    return header(Cut(1, layer, 0, row, offset, memoryview(bytes(size)), 1))
+def chunk(offset: int, size: int, row: int = 0, layer: int = 0, copy: int = 0) -> FrameHeader:
+    return header(Cut(1, layer, 0, row, offset, memoryview(bytes(size)), 1, copy))
 
 
 def test_duplicates_overlaps_and_strays() -> None:
     """A range that is here (or on its way) is a duplicate; half of one, or a place outside, breaks the protocol."""
     receiver = ReceivingTransfer(LAYOUT, SPEC, 1 << 20)
-    assert receiver.place(chunk(0, 100)) is Placement.NEW
-    assert receiver.place(chunk(0, 100)) is Placement.DUPLICATE
-    assert receiver.place(chunk(100, 50)) is Placement.NEW
-    assert receiver.place(chunk(20, 120)) is Placement.DUPLICATE
-    assert receiver.duplicate_chunks == 2
+    assert receiver.place(chunk(0, 100), 1) is Placement.NEW
+    receiver.received(chunk(0, 100))
+    assert receiver.place(chunk(0, 100), 2) is Placement.DUPLICATE
+    assert receiver.standing(chunk(0, 100)) is Standing.CHECKING
+    receiver.arrived(chunk(0, 100))
+    assert receiver.place(chunk(0, 100), 1) is Placement.DUPLICATE
+    assert receiver.standing(chunk(0, 100)) is Standing.HELD
+    assert receiver.place(chunk(100, 50), 1) is Placement.NEW
+    assert receiver.place(chunk(20, 120), 2) is Placement.DUPLICATE
+    assert receiver.duplicate_chunks == 3
     with pytest.raises(ProtocolError, match="overlaps"):
-        receiver.place(chunk(140, 20))
+        receiver.place(chunk(140, 20), 2)
     for stray in (chunk(ROW_BYTES - 1, 2), chunk(0, 1, row=2), chunk(0, 1, layer=1), chunk(0, 1, layer=7)):
         with pytest.raises(ProtocolError, match=r"outside|layout"):
-            receiver.place(stray)
+            receiver.place(stray, 2)
+
+
+def test_a_chunk_that_moved_to_another_lane_is_taken_over() -> None:
+    """The sender has given a lane up that we still read from: the new lane gets the range, whole chunks only; when the
+    old one is lost later, the range stays the new one's. What a lost lane had begun is free, and costs no credit."""
+    receiver = ReceivingTransfer(LAYOUT, SPEC, 100)
+    assert receiver.place(chunk(0, 100), "old") is Placement.NEW
+    with pytest.raises(ProtocolError, match="another number"):
+        receiver.place(chunk(0, 50), "new")
+    assert receiver.place(chunk(0, 100, copy=1), "new") is Placement.TAKEN_OVER
+    assert receiver.place(chunk(0, 100), "late") is Placement.DUPLICATE
+    receiver.lane_lost("old")
+    assert receiver.standing(chunk(0, 100)) is Standing.RECEIVING
+    receiver.lane_lost("new")
+    assert receiver.standing(chunk(0, 100)) is Standing.FREE
+    assert receiver.place(chunk(0, 100), "newest") is Placement.NEW
 
 
 def test_more_than_was_granted_breaks_the_protocol() -> None:
     """A sender that ignores credit can't make us hold more."""
     receiver = ReceivingTransfer(LAYOUT, SPEC, 100)
-    receiver.place(chunk(0, 100))
+    receiver.place(chunk(0, 100), 1)
     with pytest.raises(ProtocolError, match="granted"):
-        receiver.place(chunk(100, 1))
+        receiver.place(chunk(100, 1), 2)
 
 
 def test_damage_twice_at_one_place_is_the_end() -> None:
@@ -165,7 +187,8 @@ def test_damage_twice_at_one_place_is_the_end() -> None:
     for again in (False, True):
         cut = sender.next_chunk()
         assert cut is not None
-        receiver.place(header(cut))
+        receiver.place(header(cut), 1)
+        receiver.received(header(cut))
         if not again:
             receiver.damaged(header(cut))
             sender.damaged([cut.sequence])

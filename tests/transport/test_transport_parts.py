@@ -164,6 +164,7 @@ def check(
     hello: Hello,
     *,
     now_s: float = 1000.0,
+    monotonic_s: float = 50.0,
     nonces: NonceWindow | None = None,
     answer_to: str | None = None,
     node: str | None = None,
@@ -173,6 +174,7 @@ def check(
         secret=b"s",
         model_fingerprint="f",
         now_s=now_s,
+        monotonic_s=monotonic_s,
         skew_s=60,
         nonces=nonces or NonceWindow(120),
         expect_answer_to=answer_to,
@@ -184,8 +186,18 @@ def test_a_good_hello_once() -> None:
     """The same bytes again are a replay."""
     nonces = NonceWindow(120)
     check(signed(HELLO, b"s"), nonces=nonces)
-    with pytest.raises(PeerRefusedError, match="replay"):
+    with pytest.raises(PeerRefusedError, match="seen before"):
         check(signed(HELLO, b"s"), nonces=nonces)
+
+
+def test_a_hello_is_no_good_again_when_the_wall_clock_is_set_back() -> None:
+    """Its nonce is kept by the monotonic clock, and when that is forgotten its time is known."""
+    nonces = NonceWindow(120)
+    check(signed(HELLO, b"s"), nonces=nonces)
+    with pytest.raises(PeerRefusedError, match="seen before"):
+        check(signed(HELLO, b"s"), nonces=nonces, monotonic_s=169.0)
+    with pytest.raises(PeerRefusedError, match="set back"):
+        check(signed(HELLO, b"s"), nonces=nonces, monotonic_s=171.0)
 
 
 def test_an_answer_is_bound_to_our_nonce() -> None:

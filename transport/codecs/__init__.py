@@ -1,1 +1,1 @@
-"""Lossless codecs of chunks; pure functions over bytes. `registry.CODECS` lists them."""
+"""Codecs of chunks, lossless and lossy; pure functions over bytes. `registry.CODECS` lists them."""

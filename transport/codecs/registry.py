@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from prfaas.transport.codecs.api import Codec
-from prfaas.transport.codecs.lz4 import Lz4Codec
-from prfaas.transport.codecs.zstd import ZstdCodec
+from prfaas.transport.codecs.lossless import LZ4, ZSTD
+from prfaas.transport.codecs.quantised import FP8, INT4, INT8
 
-CODECS: Mapping[int, Codec] = MappingProxyType({codec.number: codec for codec in (Lz4Codec(), ZstdCodec())})
-CODEC_NAMES = ("raw", *(codec.name for codec in CODECS.values()))
+_ALL: tuple[Codec, ...] = (LZ4, ZSTD, INT8, FP8, INT4)
+CODECS: Mapping[int, Codec] = MappingProxyType({codec.number: codec for codec in _ALL})
+CODEC_NAMES = ("raw", *(codec.name for codec in _ALL))
+LOSSLESS_NAMES = ("raw", *(codec.name for codec in _ALL if codec.lossless))
 
 
 def codec_by_name(name: str) -> Codec | None:

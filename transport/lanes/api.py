@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from prfaas.common.identity import PeerIdentity
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -61,6 +63,11 @@ class LaneHandler(Protocol):
 
 
 class Lane(Protocol):
+    @property
+    def peer_identity(self) -> PeerIdentity | None:
+        """Whom the other side's certificate names; None where there are no certificates."""
+        ...
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Send all, in order. The buffers are read until `unsent_bytes` is 0 and must not change before. A no-op on a
         lost lane."""
@@ -101,5 +108,6 @@ class Backend(Protocol):
         ...
 
     async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
-        """Returns after `handler.connected`. Raises OSError."""
+        """Returns after `handler.connected`. Raises OSError; PeerRefusedError when the two sides' certificates don't
+        suit each other."""
         ...

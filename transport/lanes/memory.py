@@ -52,6 +52,7 @@ class _MemoryListener:
 
 class MemoryLane:
     peer: MemoryLane
+    peer_identity = None
 
     def __init__(self, handler: LaneHandler) -> None:
         self._handler = handler

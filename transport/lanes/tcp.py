@@ -1,15 +1,19 @@
-"""Lanes over TCP. Fastest under uvloop; plain asyncio works too."""
+"""Lanes over TCP, plain or with TLS. Fastest under uvloop; plain asyncio works too."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from prfaas.common.config import TransportConfig
+from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
 from prfaas.transport.lanes.api import Buffer, LaneHandler, LaneSample, Listener
+
+if TYPE_CHECKING:
+    from prfaas.transport.tls import Tls
 
 USER_TIMEOUT_S = 10.0
 """The kernel gives up on a peer that acknowledges nothing for so long (a partition)."""
@@ -19,31 +23,47 @@ log = get_logger("transport")
 
 
 class TcpBackend:
-    def __init__(self, config: TransportConfig) -> None:
-        self._tuning = _Tuning(config)
+    """With `tls`, lanes are encrypted and both ends show certificates; who they name is on the lane
+    (`peer_identity`), for HELLO to be checked against."""
+
+    def __init__(self, config: TransportConfig, tls: Tls | None = None) -> None:
+        self._tuning = Tuning(config)
+        self._tls = tls
 
     async def listen(self, host: str, port: int, handler: Callable[[], LaneHandler]) -> Listener:
+        if self._tls is not None:
+            from prfaas.transport.lanes.tls_lane import listen_tls
+
+            return await listen_tls(self._tls, self._tuning, host, port, handler, BACKLOG)
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            lambda: TcpLane(handler(), self._tuning), host, port, reuse_address=True, backlog=BACKLOG
+            lambda: TcpLane(handler, self._tuning), host, port, reuse_address=True, backlog=BACKLOG
         )
         return _TcpListener(server)
 
     async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
-        await asyncio.get_running_loop().create_connection(lambda: TcpLane(handler, self._tuning), host, port)
+        if self._tls is not None:
+            from prfaas.transport.lanes.tls_lane import dial_tls
+
+            await dial_tls(self._tls, self._tuning, host, port, handler)
+            return
+        await asyncio.get_running_loop().create_connection(lambda: TcpLane(lambda: handler, self._tuning), host, port)
 
 
 class _TcpListener:
     def __init__(self, server: asyncio.Server) -> None:
         self._server = server
-        self.address: tuple[str, int] = server.sockets[0].getsockname()[:2]
+        host, port, *scope = server.sockets[0].getsockname()
+        if scope and scope[1]:  # link-local: without its interface nobody could dial it
+            host = f"{host}%{socket.if_indextoname(scope[1])}"
+        self.address: tuple[str, int] = (host, port)
 
     async def aclose(self) -> None:
         # Not wait_closed(): from Python 3.12 on it waits for every open lane.
         self._server.close()
 
 
-class _Tuning:
+class Tuning:
     """Socket options of every lane. What the kernel refuses is said once and done without."""
 
     def __init__(self, config: TransportConfig) -> None:
@@ -72,10 +92,13 @@ class _Tuning:
 
 
 class TcpLane(asyncio.BufferedProtocol):
-    """A `Lane`; the loop reads straight into the handler's buffers."""
+    """A `Lane`; the loop reads straight into the handler's buffers. `handler()` is called once it is connected."""
 
-    def __init__(self, handler: LaneHandler, tuning: _Tuning) -> None:
-        self._handler = handler
+    peer_identity: PeerIdentity | None = None
+    _handler: LaneHandler
+
+    def __init__(self, handler: Callable[[], LaneHandler], tuning: Tuning) -> None:
+        self._make_handler = handler
         self._tuning = tuning
         self._transport: asyncio.Transport | None = None
         self._lost = False
@@ -84,10 +107,14 @@ class TcpLane(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        # Any unsent byte pauses, and only an empty buffer resumes: `writable` means that all was handed over.
-        self._transport.set_write_buffer_limits(high=0, low=0)
+        self._pause_at_once(self._transport)
         self._tuning.apply(transport.get_extra_info("socket"))
+        self._handler = self._make_handler()
         self._handler.connected(self)
+
+    def _pause_at_once(self, transport: asyncio.Transport) -> None:
+        # Any unsent byte pauses, and only an empty buffer resumes: `writable` means that all was handed over.
+        transport.set_write_buffer_limits(high=0, low=0)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._handler.next_buffer()

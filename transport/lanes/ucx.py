@@ -17,6 +17,7 @@ from typing import cast
 
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import ConfigError, PeerError, ProtocolError
+from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
 from prfaas.transport.lanes.api import Buffer, LaneHandler, Listener
 from prfaas.transport.lanes.tcp import BACKLOG
@@ -124,6 +125,7 @@ class UcxLane(asyncio.Protocol):
     """A `Lane`; as a Protocol it is the spine's. `handler` is asked for when the lane is open. `dialled`: set then, or
     why it could not be opened; None on the side that accepts."""
 
+    peer_identity: PeerIdentity | None = None
     _handler: LaneHandler
 
     def __init__(

@@ -1,0 +1,67 @@
+"""Whose turn it is: byte-deficit round robin between transfers. Pure.
+
+Each round a transfer may send `quantum` bytes more than it has used up, so that transfers with small chunks get as many
+bytes as those with large ones, and a transfer of a megabyte that starts beside one of a gigabyte waits for one quantum
+of it, not for all. One whose slack has run out gets `BOOST` quanta a round: it is preferred, and starves nobody.
+[M. Shreedhar, G. Varghese: Efficient Fair Queuing using Deficit Round Robin, 1995]
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, Protocol, TypeVar
+
+BOOST = 4
+
+
+class Flow(Protocol):
+    @property
+    def next_bytes(self) -> int:
+        """Of the chunk that it would send next; 0: it has none now."""
+        ...
+
+    @property
+    def urgent(self) -> bool:
+        """Its slack has run out."""
+        ...
+
+
+F = TypeVar("F", bound=Flow)
+
+
+class DeficitRoundRobin(Generic[F]):
+    """Holds the flows that may have something to send. One that has nothing leaves at its turn; `activate` brings it
+    back, so the cost of a turn does not grow with the number of idle flows."""
+
+    def __init__(self, quantum_bytes: int) -> None:
+        self._quantum = quantum_bytes
+        self._turns: deque[F] = deque()
+        self._deficit: dict[F, int] = {}
+
+    def activate(self, flow: F) -> None:
+        """It may have something to send. Idempotent."""
+        if flow not in self._deficit:
+            self._deficit[flow] = 0
+            self._turns.append(flow)
+
+    def remove(self, flow: F) -> None:
+        """Idempotent."""
+        if self._deficit.pop(flow, None) is not None:
+            self._turns.remove(flow)
+
+    def next(self) -> F | None:
+        """Whose chunk (of `next_bytes`) leaves now; it is accounted for. None: nobody has one."""
+        turns, deficit = self._turns, self._deficit
+        while turns:
+            flow = turns[0]
+            size = flow.next_bytes
+            if size == 0:
+                turns.popleft()
+                del deficit[flow]
+            elif deficit[flow] >= size:
+                deficit[flow] -= size
+                return flow
+            else:
+                deficit[flow] += self._quantum * (BOOST if flow.urgent else 1)
+                turns.rotate(-1)
+        return None

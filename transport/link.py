@@ -1,0 +1,354 @@
+"""What a session measures of its way to the peer, and how many lanes that way needs; pure.
+
+Bandwidth is delivered bytes over time, from one acknowledgement to a later one, as TCP's BBR takes it: of a chunk that
+left at s and was acknowledged at t, what was acknowledged between the last acknowledgement before s and t. It says
+something of the link only if the session had bytes for its lanes all the while. Where a lane found nothing to take (no
+KV is ready, the codec is slow, no credit is left, a cap holds it back) the rate is a lower bound, and only raises the
+estimate.
+
+Samples age by *busy* time, in which the lanes had enough to do: a link that sat idle is still what it was, and one that
+has changed is noticed after `WINDOW_S` of work at most.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from prfaas.transport.api import LinkEstimate
+from prfaas.transport.lanes.api import LaneSample
+
+WINDOW_S = 3.0
+"""Busy time that bandwidth is estimated from."""
+QUANTILE = 0.75
+"""Of the rates in the window, by time: above the slow starts, below what clumped acknowledgements make of a rate. A
+slower link shows after three quarters of the window, a faster one after one quarter."""
+SLOT_S = 0.05
+"""At most one rate is kept for so much busy time, and none is measured over less while chunks flow."""
+POINT_S = 0.005
+SAMPLE_POINTS = 8
+"""A rate spans at least so many acknowledgements (of those within `POINT_S` one): a chunk is the unit of delivery."""
+KEPT_POINTS = 4096
+USE_S = 1.0
+"""Utilisation is of the last so long."""
+LOSS_WINDOW_S = 10.0
+LANES_WINDOW_S = 3.0
+"""What holds the lanes back is of the last so long."""
+MIN_RTT_S = 300.0
+"""As long as the kernel keeps its own: a session under steady load hardly ever sees an empty path."""
+RTT_GAIN = 0.25
+
+LANE_BYTES = 2.5e6
+"""What one lane keeps in flight under the usual limit of tcp_wmem (4 MiB, of which the kernel counts its overhead)."""
+HEADROOM = 1.25
+"""Lanes share a link unevenly, so the mean of what they keep in flight is below what each could."""
+KEEP = 1.6
+"""Lanes are given up only where so many times the bandwidth-delay product would fit into those that stay."""
+LIMITED_SHARE = 0.1
+"""Of its busy time in which a buffer or window, not the link, held a lane back: then more lanes carry more."""
+CONGESTED_RTT = 2.0
+CONGESTED_LOSS = 0.02
+
+
+class _Point(NamedTuple):
+    at_s: float
+    delivered_bytes: int
+
+
+class _Rate(NamedTuple):
+    busy_s: float
+    """The busy clock at its end."""
+    bytes_per_s: float
+    weight_s: float
+
+
+class LinkEstimator:
+    """Of one session, in the sending direction; all instants are of one monotonic clock and must not decrease."""
+
+    def __init__(self) -> None:
+        self._points: list[_Point] = []
+        self._flight_s = -math.inf
+        self._latest: _Point | None = None
+        """Where the latest rate's span began."""
+        self._rates: deque[_Rate] = deque()
+        self._bounds: deque[_Rate] = deque()
+        """Lower bounds, falling from the left to the right."""
+        self._busy_s = 0.0
+        self._now_s = -math.inf
+        self._starved = True
+        self._starved_s = -math.inf
+        self._ready_bytes = 0
+        self._in_flight_bytes = 0
+        self._rtt_s = 0.0
+        self._low_rtts: deque[tuple[float, float]] = deque()
+        self._lanes = _LaneHistory()
+        self._lane_bytes = LANE_BYTES
+
+    # -- what happens
+
+    def acknowledged(self, wire_bytes: int, sent_s: float, now_s: float) -> None:
+        """The peer has a chunk that was handed to its lane at `sent_s`."""
+        self._advance(now_s)
+        sent_s = min(sent_s, now_s)
+        self._low_rtt(now_s - sent_s, now_s)
+        points = self._points
+        if not points or sent_s > points[-1].at_s:
+            # Nothing was under way when it left: time counts from there.
+            self._flight_s = sent_s
+            points.append(_Point(sent_s, points[-1].delivered_bytes if points else 0))
+        point = _Point(now_s, points[-1].delivered_bytes + wire_bytes)
+        if len(points) > 1 and points[-1].at_s - points[-2].at_s < POINT_S and points[-2].at_s >= self._flight_s:
+            points[-1] = point
+        else:
+            points.append(point)
+        if len(points) > 2 * KEPT_POINTS:
+            del points[:KEPT_POINTS]
+        self._measure(sent_s, point)
+
+    def starved(self, now_s: float) -> None:
+        """A lane could take a chunk and there was none for it. Holds until `supplied`."""
+        self._advance(now_s)
+        self._starved = True
+        self._starved_s = now_s
+
+    def supplied(self, now_s: float) -> None:
+        """A lane took a chunk."""
+        if self._starved:
+            self._advance(now_s)
+            self._starved = False
+
+    def queue(self, ready_bytes: int, in_flight_bytes: int, now_s: float) -> None:
+        """Bytes that wait for a lane, and bytes given to lanes and not acknowledged; now, at each tick."""
+        self._advance(now_s)
+        self._ready_bytes = ready_bytes
+        self._in_flight_bytes = in_flight_bytes
+
+    def ping(self, rtt_s: float, now_s: float) -> None:
+        """A PING's round trip. One that can't be true is ignored."""
+        if not (0 <= rtt_s < math.inf):
+            return
+        self._rtt_s += (rtt_s - self._rtt_s) * (RTT_GAIN if self._rtt_s else 1.0)
+        self._low_rtt(rtt_s, now_s)
+
+    def lanes(self, samples: Mapping[Hashable, LaneSample], now_s: float) -> None:
+        """All lanes that tell something, at each tick; the key names the connection: not a lane's index, which its
+        successor inherits, while the counters begin anew."""
+        self._lanes.add(samples, now_s)
+
+    # -- what follows from it
+
+    def estimate(self, now_s: float) -> LinkEstimate:
+        self._advance(now_s)
+        bandwidth = self._bandwidth(now_s)
+        rtt_s, min_rtt_s = self._round_trip()
+        return LinkEstimate(
+            bandwidth_bytes_per_s=bandwidth,
+            rtt_s=rtt_s,
+            min_rtt_s=min_rtt_s,
+            loss=self._lanes.loss(),
+            utilisation=self._utilisation(bandwidth, now_s),
+            queued_bytes=self._ready_bytes + self._in_flight_bytes,
+        )
+
+    def wanted_lanes(self, current: int, low: int, high: int, now_s: float) -> int:
+        """See the function of this name; call it every `LANES_WINDOW_S`, so that it sees what the last change did."""
+        recent = self._lanes.recent()
+        held = [sample.in_flight_bytes for sample in recent if _is_limited(sample)]
+        self._lane_bytes = max(held, default=0) or self._lane_bytes
+        return wanted_lanes(self.estimate(now_s), recent, current, low, high, self._lane_bytes)
+
+    # -- inside
+
+    def _advance(self, now_s: float) -> None:
+        if self._starved:
+            self._starved_s = now_s
+        elif now_s > self._now_s > -math.inf:
+            self._busy_s += now_s - self._now_s
+        self._now_s = max(self._now_s, now_s)
+
+    def _measure(self, sent_s: float, end: _Point) -> None:
+        points = self._points
+        earliest = points[-SAMPLE_POINTS - 1].at_s if len(points) > SAMPLE_POINTS else -math.inf
+        begin_s = min(sent_s, max(self._flight_s, min(end.at_s - SLOT_S, earliest)))
+        index = bisect_right(points, begin_s, key=_at_s) - 1
+        if index < 0 or end.at_s <= points[index].at_s:
+            return  # it was under way for longer than anything is remembered
+        begin = points[index]
+        rate = (end.delivered_bytes - begin.delivered_bytes) / (end.at_s - begin.at_s)
+        if self._starved or self._starved_s >= begin.at_s:
+            while self._bounds and self._bounds[-1].bytes_per_s <= rate:
+                self._bounds.pop()
+            self._bounds.append(_Rate(self._busy_s, rate, 0.0))
+            return
+        self._latest = begin
+        since_s = self._busy_s - self._rates[-1].busy_s if self._rates else SLOT_S
+        if since_s >= SLOT_S:
+            self._rates.append(_Rate(self._busy_s, rate, since_s))
+
+    def _bandwidth(self, now_s: float) -> float:
+        oldest_s = self._busy_s - WINDOW_S
+        for kept in (self._rates, self._bounds):
+            while len(kept) > 1 and kept[0].busy_s < oldest_s:
+                kept.popleft()
+        bound = self._bounds[0].bytes_per_s if self._bounds else 0.0
+        if not self._rates:
+            return bound
+        if self._bounds and self._bounds[0].busy_s < oldest_s:
+            bound = 0.0
+        return max(bound, self._usual_rate(now_s))
+
+    def _usual_rate(self, now_s: float) -> float:
+        rates = list(self._rates)
+        begin = self._latest
+        silent_s = self._busy_s - rates[-1].busy_s
+        if silent_s > SLOT_S and begin is not None and now_s > begin.at_s:
+            # Nothing comes back though much is under way: the rate is falling while we look.
+            delivered = self._points[-1].delivered_bytes - begin.delivered_bytes
+            falling = min(rates[-1].bytes_per_s, delivered / (now_s - begin.at_s))
+            rates.append(_Rate(self._busy_s, falling, min(silent_s, WINDOW_S)))
+        rates.sort(key=lambda rate: rate.bytes_per_s)
+        left_s = QUANTILE * sum(rate.weight_s for rate in rates)
+        for rate in rates:
+            left_s -= rate.weight_s
+            if left_s <= 0:
+                return rate.bytes_per_s
+        return rates[-1].bytes_per_s
+
+    def _utilisation(self, bandwidth: float, now_s: float) -> float:
+        if not bandwidth:
+            return 0.0
+        if self._starved_s < now_s - USE_S:
+            return 1.0
+        index = bisect_right(self._points, now_s - USE_S, key=_at_s) - 1
+        used = self._points[-1].delivered_bytes - self._points[max(0, index)].delivered_bytes
+        return min(1.0, used / USE_S / bandwidth)
+
+    def _low_rtt(self, rtt_s: float, now_s: float) -> None:
+        if rtt_s < 0:
+            return
+        low = self._low_rtts
+        while low and low[-1][1] >= rtt_s:
+            low.pop()
+        low.append((now_s, rtt_s))
+        while low[0][0] < now_s - MIN_RTT_S:
+            low.popleft()
+
+    def _round_trip(self) -> tuple[float, float]:
+        """Smoothed and lowest."""
+        seen = [s for s in self._lanes.latest() if s.rtt_s > 0]
+        low_s = self._low_rtts[0][1] if self._low_rtts else 0.0
+        if not seen:
+            return self._rtt_s or low_s, low_s
+        near_s = min(sample.min_rtt_s for sample in seen)
+        network_s = sum(sample.rtt_s for sample in seen) / len(seen)
+        # A PING waits in the send buffer behind chunks, TCP's own measure doesn't; but behind a proxy TCP sees a part
+        # of the way only.
+        beyond_s = max(0.0, low_s - near_s)
+        return network_s + beyond_s, near_s + beyond_s
+
+
+def _at_s(point: _Point) -> float:
+    return point.at_s
+
+
+class _LaneHistory:
+    """The lanes' samples of the last ticks."""
+
+    def __init__(self) -> None:
+        self._ticks: deque[tuple[float, Mapping[Hashable, LaneSample]]] = deque()
+        self._changes: deque[tuple[float, int, int]] = deque()
+        """At what time, bytes sent, and bytes sent again."""
+
+    def add(self, samples: Mapping[Hashable, LaneSample], now_s: float) -> None:
+        last = self._ticks[-1][1] if self._ticks else {}
+        sent = again = 0
+        for key, sample in samples.items():
+            before = _before(last, key, sample)
+            sent += sample.sent_bytes - (before.sent_bytes if before else 0)
+            again += sample.retransmitted_bytes - (before.retransmitted_bytes if before else 0)
+        self._changes.append((now_s, sent, again))
+        self._ticks.append((now_s, dict(samples)))
+        while self._changes[0][0] <= now_s - LOSS_WINDOW_S:
+            self._changes.popleft()
+        # The one before the window is what its counters are counted from.
+        while len(self._ticks) > 1 and self._ticks[1][0] <= now_s - LANES_WINDOW_S:
+            self._ticks.popleft()
+
+    def loss(self) -> float:
+        sent = sum(change[1] for change in self._changes)
+        return min(1.0, sum(change[2] for change in self._changes) / sent) if sent else 0.0
+
+    def latest(self) -> list[LaneSample]:
+        return list(self._ticks[-1][1].values()) if self._ticks else []
+
+    def recent(self) -> list[LaneSample]:
+        """The lanes of the last tick; their counters count the last `LANES_WINDOW_S` only, bytes in flight are the most
+        that was seen in it."""
+        if not self._ticks:
+            return []
+        return [self._recent(key, sample) for key, sample in self._ticks[-1][1].items()]
+
+    def _recent(self, key: Hashable, last: LaneSample) -> LaneSample:
+        own = [tick[key] for _, tick in self._ticks if _before(tick, key, last) is not None]
+        most = max(sample.in_flight_bytes for sample in own)
+        # A lane that isn't in the first tick is younger than the window.
+        first = _before(self._ticks[0][1], key, last) if len(self._ticks) > 1 else None
+        if first is None:
+            return replace(last, in_flight_bytes=most)
+        return replace(
+            last,
+            sent_bytes=last.sent_bytes - first.sent_bytes,
+            retransmitted_bytes=last.retransmitted_bytes - first.retransmitted_bytes,
+            acknowledged_bytes=last.acknowledged_bytes - first.acknowledged_bytes,
+            in_flight_bytes=most,
+            busy_s=max(0.0, last.busy_s - first.busy_s),
+            receive_limited_s=max(0.0, last.receive_limited_s - first.receive_limited_s),
+            send_limited_s=max(0.0, last.send_limited_s - first.send_limited_s),
+        )
+
+
+def _before(tick: Mapping[Hashable, LaneSample], key: Hashable, now: LaneSample) -> LaneSample | None:
+    """The lane's sample in an earlier tick, unless its counters are above today's: that was another connection."""
+    sample = tick.get(key)
+    if sample is None or sample.sent_bytes > now.sent_bytes or sample.retransmitted_bytes > now.retransmitted_bytes:
+        return None
+    return sample
+
+
+def wanted_lanes(
+    estimate: LinkEstimate,
+    recent: Sequence[LaneSample],
+    current: int,
+    low: int,
+    high: int,
+    lane_bytes: float = LANE_BYTES,
+) -> int:
+    """How many lanes a session should have, from `low` to `high`, when it has `current`.
+
+    `recent`: a sample a lane whose counters count the last seconds only, or nothing where lanes tell nothing.
+    `lane_bytes`: what one lane keeps in flight when its send buffer or the receiver's window holds it back.
+
+    Lanes × lane_bytes must be above the bandwidth-delay product. Too few lanes measure too little of it, so they double
+    while buffers or windows hold most of them back. One lane a call is given up, and only where the rest do with much
+    to spare, or where the path is congested.
+    """
+    needed = estimate.bandwidth_bytes_per_s * estimate.min_rtt_s / lane_bytes
+    held = sum(_is_limited(sample) for sample in recent)
+    wanted = current
+    if estimate.rtt_s > CONGESTED_RTT * estimate.min_rtt_s and estimate.loss > CONGESTED_LOSS:
+        wanted = current - 1
+    elif recent and 2 * held >= len(recent):
+        wanted = 2 * current
+    elif math.ceil(HEADROOM * needed) > current:
+        wanted = math.ceil(HEADROOM * needed)
+    elif estimate.bandwidth_bytes_per_s and math.ceil(KEEP * needed) < current:
+        wanted = current - 1
+    return min(max(wanted, low), high)
+
+
+def _is_limited(sample: LaneSample) -> bool:
+    return sample.busy_s > 0 and sample.receive_limited_s + sample.send_limited_s >= LIMITED_SHARE * sample.busy_s
