@@ -38,6 +38,7 @@ from prfaas.transport.handshake import check_hello, signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.receiving import TransferReceiver
+from prfaas.transport.routes import Routes
 from prfaas.transport.sending import Link, TransferSender
 from prfaas.transport.session import Session
 from prfaas.transport.ticket import KEY_BYTES, TicketBook, read_claims
@@ -87,6 +88,7 @@ class KvEndpoint:
         self._secret = secret
         self._authorize = authorize
         self._backend: Backend = backend or TcpBackend(config)
+        self._routes = Routes(config, self._backend, secret, self.metrics)
         self._skew_s = clock_skew_s
         self._region = region
         self._nonces = NonceWindow(2 * clock_skew_s)
@@ -123,6 +125,7 @@ class KvEndpoint:
             raise ConfigError(
                 [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
             )
+        await self._routes.start(host, self._accept)
 
     @property
     def addresses(self) -> list[KvAddress]:
@@ -141,6 +144,7 @@ class KvEndpoint:
         self._closed = True
         if self._listener is not None:
             await self._listener.aclose()
+        await self._routes.aclose()
         diallers, self._dialled = list(self._dialled.values()), {}
         for dialler in diallers:
             await dialler.aclose()
@@ -183,7 +187,7 @@ class KvEndpoint:
             dialler = Dialler(
                 self._new_session(secrets.token_hex(16), node, self._dialled_ended),
                 address,
-                self._backend,
+                self._routes.of(node),
                 self._config,
                 self._make_hello,
                 self._check_answer,
@@ -347,6 +351,7 @@ class KvEndpoint:
             time_s=time.time(),
             nonce=secrets.token_hex(16),
             codecs=CODEC_NAMES,
+            features=self._routes.features,
             region=self._region,
             resume=resume,
             answer=answer,
@@ -395,6 +400,7 @@ class KvEndpoint:
                 return
             session = self._new_session(hello.session, hello.node, self._accepted_ended)
             self._accepted[hello.node, hello.session] = session
+            self._routes.accepted(hello.node, hello.features)
         answer = self._hello(hello.session, hello.lane, hello.lanes, answer=True)
         channel = greeter.channel
         channel.peer = hello.node
