@@ -45,7 +45,7 @@ class Routes:
         self._listener: Listener | None = None
 
     async def start(self, host: str, accept: Callable[[], LaneHandler]) -> None:
-        """Accept lanes over UCX as well, at transport.ucx_port of `host`. Where that can't be had, sessions do without."""
+        """Accept lanes over UCX too, at transport.ucx_port of `host`; where that can't be had, sessions do without."""
         if self.wanted != "ucx":
             return
         try:
