@@ -115,17 +115,20 @@ class KvEndpoint:
                 [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
                  "(cluster.secret_file)"]
             )  # fmt: skip
+        # First: a node that dials at once must be told of it.
+        await self._routes.start(host, self._accept)
         try:
             self._listener = await self._backend.listen(host, port, self._accept)
         except OSError as error:
+            await self._routes.aclose()
             raise ConfigError([f"transport.bind = {self._config.bind}: {error.strerror or error}"]) from error
         # Where it really listens: a name, or 0, may stand for a wildcard.
         if not self._config.advertise and _is_wildcard(self._listener.address[0]):
             await self._listener.aclose()
+            await self._routes.aclose()
             raise ConfigError(
                 [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
             )
-        await self._routes.start(host, self._accept)
 
     @property
     def addresses(self) -> list[KvAddress]:
