@@ -159,7 +159,7 @@ class TransportConfig:
     advertise: str = setting(
         "", "host:port under which other nodes dial the KV port; empty = bind", _optional(_address)
     )
-    lanes: int = setting(4, "connections a session; 0 = as many as the measured bandwidth needs", _between(0, 64))
+    lanes: int = setting(0, "connections a session; 0 = as many as the measured bandwidth needs", _between(0, 64))
     max_lanes: int = setting(8, "most connections a session where transport.lanes is 0", _between(1, 64))
     dial: Literal["sender", "receiver"] = setting(
         "sender", "which side opens sessions: the node that sends KV, or (behind NAT) the one that receives it"
@@ -171,15 +171,18 @@ class TransportConfig:
         0, "where lanes over UCX are accepted, on the host of transport.bind; 0 = any free port", _between(0, 65535)
     )
     chunk_bytes: int = setting(MIB, "largest chunk before the codec", _between(4096, 16 * MIB))
-    codec: Literal["raw", "lz4", "zstd"] = setting("raw", "how chunks are compressed on the wire")
+    codec: Literal["auto", "raw", "lz4", "zstd"] = setting(
+        "auto", "how chunks are compressed; auto = as measured rates of link and codecs say, for each kind of tensor"
+    )
     lossy: tuple[str, ...] = setting(
         (),
         "lossy codecs that are allowed, kind=codec: key, value, latent, conv or recurrent = int8, fp8 or int4",
         _each(_lossy),
     )
-    codec_threads: int = setting(1, "threads that encode and decode", _between(1, 64))
+    codec_threads: int = setting(0, "threads that encode and decode; 0 = half as many as cores", _between(0, 64))
     congestion_control: str = setting(
-        "cubic", "TCP_CONGESTION of every lane: cubic inside a region, bbr over a WAN; empty = the kernel's default"
+        "auto",
+        "TCP_CONGESTION of every lane; auto = cubic on a short way, bbr over a WAN; empty = the kernel's default",
     )
     egress_bytes_per_s: float = setting(0.0, "cap on what all sessions together send; 0 = none", _between(0, 1e12))
     resume_s: float = setting(
@@ -194,7 +197,7 @@ class TransportConfig:
         60.0, "a session that no router has listed and no transfer has used for so long is closed", _between(10, 86400)
     )
     ticket_s: float = setting(120.0, "how long a ticket is good for before its OPEN", _between(1, 3600))
-    max_transfers: int = setting(1024, "transfers a session may have open", _between(1, 1 << 16))
+    max_transfers: int = setting(1024, "transfers a session may have open", _between(1, 8192))
 
 
 @dataclass(frozen=True, slots=True)

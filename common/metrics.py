@@ -94,6 +94,19 @@ class TransportMetrics:
         self.moved_chunks = Counter(
             "prfaas_transport_moved_chunks", "Chunks sent again because their lane was lost", registry=registry
         )
+        self.codec = Gauge(
+            "prfaas_transport_codec",
+            "1: chunks of this kind leave in this codec now",
+            ["peer", "kind", "codec"],
+            registry=registry,
+        )
+        self.link = Gauge(
+            "prfaas_transport_link",
+            "What a session has measured of its way to the peer: bandwidth_bytes_per_s, rtt_s, min_rtt_s, loss, "
+            "utilisation, queued_bytes",
+            ["peer", "what"],
+            registry=registry,
+        )
         self.lanes = Gauge("prfaas_transport_lanes", "Open lanes", registry=registry)
         self.lane_losses = Counter("prfaas_transport_lane_losses", "Lanes lost", ["reason"], registry=registry)
         self.refusals = Counter(

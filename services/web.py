@@ -120,8 +120,8 @@ async def listening(
     """Serve `app` at `bind` while the block runs; yields the host and the port that was bound.
 
     `secret`: the cluster secret; without one only loopback may be bound. `key`: the setting's name, for messages.
-    `tls`: with it, https only; without `client_certificates` a client may come without one, and `services.tls.check_caller`
-    keeps it from what is for the cluster's own processes.
+    `tls`: with it, https only; without `client_certificates` a client may come without one, and
+    `services.tls.check_caller` keeps it from what is for the cluster's own processes.
     Raises ConfigError when the address can't be bound. On leaving, running handlers get `shutdown_s` and then are
     cancelled.
     """

@@ -19,7 +19,7 @@ from prfaas.transport.frames import MAX_REASON_CHARS, ControlBody, Error, FrameH
 from prfaas.transport.transfer import Cut
 
 if TYPE_CHECKING:
-    from prfaas.transport.lanes.api import Lane
+    from prfaas.transport.lanes.api import Lane, LaneSample
     from prfaas.transport.sending import TransferSender
 
 MAX_WRITE_BYTES = 1 << 20
@@ -143,6 +143,9 @@ class Channel:
         """Of the chunk that is being written: goes down as long as the other side takes bytes."""
         left = len(self._writing.payload) - self._written_bytes if self._writing is not None else 0
         return left + (self._lane.unsent_bytes if self._lane is not None else 0)
+
+    def sample(self) -> LaneSample | None:
+        return self._lane.sample() if self._lane is not None and not self._ended else None
 
     def send(self, body: ControlBody, transfer: int = 0, flags: int = 0) -> None:
         """Queue a control frame; it goes before any chunk that has not begun. A no-op on a lane that has ended."""

@@ -25,10 +25,16 @@ STEADY_S = 2.0
 """A lane that lived so long was a good one: its redial begins with the shortest pause again. A peer that greets and
 drops us meets longer and longer ones."""
 
+FIRST_LANES = 4
+"""Until more is known of the link."""
+MIN_LANES = 2
+"""With one lane its loss would stop the transfers."""
+LANES_S = 3.0
+
 log = get_logger("transport")
 
 MakeHello = Callable[[Session, int, bool], Hello]
-CheckAnswer = Callable[[Hello, Hello, str, PeerIdentity | None], None]
+CheckAnswer = Callable[[Hello, Hello, Session, PeerIdentity | None], None]
 """Of the answer, our HELLO, the peer that we meant, and whom its certificate names; raises PeerRefusedError."""
 
 
@@ -103,10 +109,31 @@ class Dialler:
         self._on_idle = on_idle
         self._now = now
         self._random = random.Random()  # noqa: S311 - jitter
-        self._tasks = [asyncio.create_task(self._keep(index)) for index in range(config.lanes)]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._low = config.lanes or min(MIN_LANES, config.max_lanes)
+        self._high = config.lanes or config.max_lanes
+        self._set_lanes(config.lanes or min(FIRST_LANES, config.max_lanes))
         self._loop = asyncio.get_running_loop()
         self._wanted_s = now()
         self._idle_timer = self._loop.call_later(self._idle_s, self._look_if_idle)
+        self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)
+
+    def _set_lanes(self, lanes: int) -> None:
+        """More are dialled at once; those too many are closed, and what is on them moves to the others."""
+        while len(self._tasks) < lanes:
+            self._tasks.append(asyncio.create_task(self._keep(len(self._tasks))))
+        while len(self._tasks) > lanes:
+            self._tasks.pop().cancel()
+            self.session.close_lane(len(self._tasks), "fewer lanes are enough")
+
+    def _look_at_lanes(self) -> None:
+        self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)
+        if self._low == self._high or self.session.idle:
+            return
+        wanted = self.session.wanted_lanes(len(self._tasks), self._low, self._high)
+        if wanted != len(self._tasks):
+            log.info("kv lanes follow the link", peer=self.session.peer, lanes=wanted, before=len(self._tasks))
+            self._set_lanes(wanted)
 
     @property
     def in_use(self) -> bool:
@@ -130,6 +157,7 @@ class Dialler:
 
     async def aclose(self) -> None:
         self._idle_timer.cancel()
+        self._lanes_timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -184,7 +212,7 @@ class Dialler:
         session, session_id = self.session, self.session.id
 
         def accept(channel: Channel, answer: Hello) -> None:
-            self._check(answer, hello, session.peer, channel.peer_identity)
+            self._check(answer, hello, session, channel.peer_identity)
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)

@@ -6,7 +6,9 @@ One endpoint a process and worker rank. All methods are the event loop's.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
+import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prfaas.common.auth import NonceWindow
-from prfaas.common.config import TransportConfig, is_loopback, parse_address
+from prfaas.common.config import TransportConfig, is_loopback, parse_address, parse_lossy
 from prfaas.common.errors import (
     ConfigError,
     PeerRefusedError,
@@ -29,12 +31,15 @@ from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
 from prfaas.transport.api import KvAddress, KvReceiver, KvSender, LinkClock, TransferSpec
 from prfaas.transport.channel import Channel, Outgoing
+from prfaas.transport.codec_choice import AUTO
+from prfaas.transport.codecs.calibration import calibrate_all
+from prfaas.transport.codecs.choice import CodecSpeeds
 from prfaas.transport.codecs.registry import CODEC_NAMES
 from prfaas.transport.connection import Control, Event
 from prfaas.transport.dialling import Dialler
 from prfaas.transport.egress import EgressCap
 from prfaas.transport.frames import SUPPORTED_VERSIONS, FrameHeader, Hello, Open, Opened
-from prfaas.transport.handshake import check_hello, signed
+from prfaas.transport.handshake import MAX_LANES, check_hello, signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.receiving import TransferReceiver
@@ -50,6 +55,7 @@ oldest: strangers that say nothing must not keep out a node, whose HELLO follows
 MAX_SPARE_SESSIONS = 4
 """To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
 each time. The one told longest ago makes room."""
+MAX_CODEC_THREADS = 8
 CLOSE_S = 1.0
 """How long lanes may take to say why they close."""
 
@@ -57,6 +63,12 @@ log = get_logger("transport")
 
 Authorize = Callable[[Hello], str | None]
 """A reason to refuse this (authenticated) peer, or None."""
+
+
+def computed(config: TransportConfig) -> TransportConfig:
+    """With what 0 stands for in settings that this machine decides."""
+    threads = config.codec_threads or max(1, min(MAX_CODEC_THREADS, (os.cpu_count() or 1) // 2))
+    return dataclasses.replace(config, codec_threads=threads)
 
 
 def allow_all(_hello: Hello) -> str | None:
@@ -83,7 +95,7 @@ class KvEndpoint:
         self.node = node
         self.layout = layout
         self.metrics = metrics or TransportMetrics(CollectorRegistry())
-        self._config = config
+        self._config = config = computed(config)
         self._fingerprint = model_fingerprint
         self._secret = secret
         self._authorize = authorize
@@ -95,6 +107,8 @@ class KvEndpoint:
         self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node)
         self._executor = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kv-codec")
         self._egress = EgressCap(config.egress_bytes_per_s)
+        self._speeds = CodecSpeeds()
+        self._lossy = frozenset(parse_lossy(entry) for entry in config.lossy)
         self._listener: Listener | None = None
         self._dialled: dict[tuple[str, KvAddress], Dialler] = {}
         self._accepted: dict[tuple[str, str], Session] = {}
@@ -122,6 +136,8 @@ class KvEndpoint:
         except OSError as error:
             await self._routes.aclose()
             raise ConfigError([f"transport.bind = {self._config.bind}: {error.strerror or error}"]) from error
+        if self._config.codec == AUTO:
+            self._run(self._calibrate())
         # Where it really listens: a name, or 0, may stand for a wildcard.
         if not self._config.advertise and _is_wildcard(self._listener.address[0]):
             await self._listener.aclose()
@@ -129,6 +145,10 @@ class KvEndpoint:
             raise ConfigError(
                 [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
             )
+
+    async def _calibrate(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._speeds.calibrated(await loop.run_in_executor(self._executor, calibrate_all))
 
     @property
     def addresses(self) -> list[KvAddress]:
@@ -227,7 +247,15 @@ class KvEndpoint:
         """A ticket to give to the prefill node, and the receiving half. `bind` it before the ticket goes out."""
         now = time.monotonic()
         ticket = self._book.issue(spec, now + self._config.ticket_s)
-        receiver = TransferReceiver(spec, self.layout, self._config.credit_bytes, self._executor, self._receiver_ended)
+        receiver = TransferReceiver(
+            spec,
+            self.layout,
+            self._config.credit_bytes,
+            self._executor,
+            self._speeds,
+            self._lossy,
+            self._receiver_ended,
+        )
         self._receivers[spec.transfer_id] = receiver
         timer = asyncio.get_running_loop().call_later(self._config.ticket_s, self._expire, receiver)
         receiver.expiry = timer
@@ -276,7 +304,15 @@ class KvEndpoint:
 
     def _new_session(self, session_id: str, peer: str, on_ended: Callable[[Session], None]) -> Session:
         return Session(
-            session_id, peer, self._config, self._executor, self._egress, self._admit, self.metrics, on_ended
+            session_id,
+            peer,
+            self._config,
+            self._executor,
+            self._egress,
+            self._speeds,
+            self._admit,
+            self.metrics,
+            on_ended,
         )
 
     def _dialled_ended(self, session: Session) -> None:
@@ -341,7 +377,7 @@ class KvEndpoint:
     # -- HELLO
 
     def _make_hello(self, session: Session, lane: int, resume: bool) -> Hello:
-        return signed(self._hello(session.id, lane, self._config.lanes, resume=resume), self._secret)
+        return signed(self._hello(session.id, lane, self._config.lanes or MAX_LANES, resume=resume), self._secret)
 
     def _hello(self, session: str, lane: int, lanes: int, *, resume: bool = False, answer: bool = False) -> Hello:
         return Hello(
@@ -355,13 +391,15 @@ class KvEndpoint:
             nonce=secrets.token_hex(16),
             codecs=CODEC_NAMES,
             features=self._routes.features,
+            lossy=self._config.lossy,
             region=self._region,
             resume=resume,
             answer=answer,
         )
 
-    def _check_answer(self, answer: Hello, ours: Hello, peer: str, identity: PeerIdentity | None) -> None:
-        self._check(answer, identity, expect_answer_to=ours.nonce, expect_node=peer)
+    def _check_answer(self, answer: Hello, ours: Hello, session: Session, identity: PeerIdentity | None) -> None:
+        self._check(answer, identity, expect_answer_to=ours.nonce, expect_node=session.peer)
+        session.codecs.agreed(answer.codecs, answer.lossy)
 
     def _check(
         self,
@@ -382,7 +420,7 @@ class KvEndpoint:
             expect_node=expect_node,
             identity=identity,
         )
-        if self._config.codec not in hello.codecs:
+        if self._config.codec not in (AUTO, *hello.codecs):
             raise PeerRefusedError(f"{hello.node} does not have codec {self._config.codec!r}")
         refusal = self._authorize(hello)
         if refusal:
@@ -408,6 +446,7 @@ class KvEndpoint:
         channel = greeter.channel
         channel.peer = hello.node
         channel.send(signed(answer, self._secret, hello.nonce))
+        session.codecs.agreed(hello.codecs, hello.lossy)
         session.add_channel(channel, hello.lane)
         self._accepted_lane.set()
         self._accepted_lane = asyncio.Event()

@@ -196,9 +196,11 @@ class Fetched(Body, frozen=True, omit_defaults=True):
 
 class Resume(Body, frozen=True, omit_defaults=True):
     """First on the first lane after all were lost, and the answer to it: the numbers of the transfers that this side
-    sends and that have not ended for it. What the other side receives and this one does not name, has ended."""
+    sends and that have not ended for it. What the other side receives, is not above `last`, and is not named, has ended;
+    what is above `last` was begun later, and overtook this frame on another lane."""
 
     sending: list[int] = []
+    last: int = 0
     answer: bool = False
 
 

@@ -245,9 +245,9 @@ class LinkEstimator:
             return self._rtt_s or low_s, low_s
         near_s = min(sample.min_rtt_s for sample in seen)
         network_s = sum(sample.rtt_s for sample in seen) / len(seen)
-        # A PING waits in the send buffer behind chunks, TCP's own measure doesn't; but behind a proxy TCP sees a part
-        # of the way only.
-        beyond_s = max(0.0, low_s - near_s)
+        # Chunks and PINGs wait in the send buffer, what TCP measures doesn't; but before a proxy TCP sees a part of the
+        # way only. The first PINGs of a session find the buffer empty, chunks hardly ever do.
+        beyond_s = max(0.0, low_s - near_s) if self._rtt_s else 0.0
         return network_s + beyond_s, near_s + beyond_s
 
 

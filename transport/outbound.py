@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
+from typing import NamedTuple
 
 from prfaas.common.errors import LaneLostError
 from prfaas.common.kv_layout import TensorKind
 from prfaas.common.log import get_logger
 from prfaas.transport.channel import Outgoing
 from prfaas.transport.codecs.api import ChunkForm, Codec, form_of
+from prfaas.transport.codecs.choice import RAW_NAME, CodecSpeeds
 from prfaas.transport.fairness import DeficitRoundRobin
 from prfaas.transport.frames import RAW, chunk_checksum, encode_chunk_header
 from prfaas.transport.sending import TransferSender
@@ -30,12 +33,14 @@ class Outbound:
         threads: int,
         executor: Executor,
         codec_of: Callable[[TensorKind], Codec | None],
+        speeds: CodecSpeeds,
         wake: Callable[[], None],
     ) -> None:
         self._turns: DeficitRoundRobin[TransferSender] = DeficitRoundRobin(quantum_bytes)
         self._threads = threads
         self._executor = executor
         self._codec_of = codec_of
+        self._speeds = speeds
         self._wake = wake
         self._loop = asyncio.get_running_loop()
         self._encoding = 0
@@ -44,6 +49,11 @@ class Outbound:
     def activate(self, sender: TransferSender) -> None:
         """It may have a chunk to send."""
         self._turns.activate(sender)
+
+    @property
+    def encoding_limits(self) -> bool:
+        """Lanes wait for the encoders."""
+        return self._encoding > 0 and not self._ready
 
     def remove(self, sender: TransferSender) -> None:
         """No chunk of it leaves any more. Idempotent."""
@@ -89,8 +99,9 @@ class Outbound:
         if codec is not None:
             self._encode(codec, sender, cut, form_of(tensor))
             return None
-        checksum = chunk_checksum(cut.data, *cut.place)
         size = len(cut.data)
+        self._speeds.encoded(RAW_NAME, tensor.kind, size, size, 0.0)
+        checksum = chunk_checksum(cut.data, *cut.place)
         header = encode_chunk_header(sender.number, cut.sequence, cut.place, size, size, RAW, checksum, cut.copy)
         return Outgoing(sender, cut, header, cut.data)
 
@@ -98,9 +109,11 @@ class Outbound:
         self._encoding += 1
         sender.begin_read()
         job = self._loop.run_in_executor(self._executor, encode_chunk, codec, cut, form, sender.number)
-        job.add_done_callback(partial(self._encode_done, sender, cut))
+        job.add_done_callback(partial(self._encode_done, sender, cut, codec, form.kind))
 
-    def _encode_done(self, sender: TransferSender, cut: Cut, job: asyncio.Future[tuple[bytes, memoryview]]) -> None:
+    def _encode_done(
+        self, sender: TransferSender, cut: Cut, codec: Codec, kind: TensorKind, job: asyncio.Future[Encoded]
+    ) -> None:
         self._encoding -= 1
         sender.end_read()
         if job.cancelled() or (error := job.exception()) is not None:
@@ -108,14 +121,24 @@ class Outbound:
                 log.error("encoding failed", error=str(error))
             sender.fail(LaneLostError("the encoder stopped"))
         elif sender.active:
-            header, payload = job.result()
+            header, payload, encode_s = job.result()
+            self._speeds.encoded(codec.name, kind, len(cut.data), len(payload), encode_s)
             self._ready.append(Outgoing(sender, cut, header, payload))
         self._wake()
 
 
-def encode_chunk(codec: Codec, cut: Cut, form: ChunkForm, transfer: int) -> tuple[bytes, memoryview]:
-    """In a thread: (header, payload). A chunk that doesn't shrink goes raw, from the engine's memory."""
+class Encoded(NamedTuple):
+    header: bytes
+    payload: memoryview
+    encode_s: float
+    """CPU time."""
+
+
+def encode_chunk(codec: Codec, cut: Cut, form: ChunkForm, transfer: int) -> Encoded:
+    """In a thread. A chunk that doesn't shrink goes raw, from the engine's memory."""
+    started_s = time.thread_time()
     wire = codec.encode(cut.data, form)
+    encode_s = time.thread_time() - started_s
     payload = cut.data if wire is None else memoryview(wire)
     number = RAW if wire is None else codec.number
     lossless = wire is None or codec.lossless
@@ -123,4 +146,4 @@ def encode_chunk(codec: Codec, cut: Cut, form: ChunkForm, transfer: int) -> tupl
     header = encode_chunk_header(
         transfer, cut.sequence, cut.place, len(cut.data), len(payload), number, checksum, cut.copy
     )
-    return header, payload
+    return Encoded(header, payload, encode_s)

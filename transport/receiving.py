@@ -20,10 +20,11 @@ from prfaas.common.errors import (
     TransferCancelledError,
     TransferError,
 )
-from prfaas.common.kv_layout import KvLayout
+from prfaas.common.kv_layout import KvLayout, TensorKind
 from prfaas.common.log import get_logger
 from prfaas.transport.api import KvDestination, Reserve, TransferReport, TransferSpec
 from prfaas.transport.codecs.api import ChunkForm, Codec, CodecError, form_of
+from prfaas.transport.codecs.choice import CodecSpeeds
 from prfaas.transport.codecs.registry import CODECS
 from prfaas.transport.connection import ChunkArrived
 from prfaas.transport.frames import (
@@ -63,6 +64,8 @@ class TransferReceiver:
         layout: KvLayout,
         window_bytes: int,
         executor: Executor,
+        speeds: CodecSpeeds,
+        lossy: frozenset[tuple[TensorKind, str]],
         on_ended: Callable[[TransferReceiver, str], None],
     ) -> None:
         self.spec = spec
@@ -74,6 +77,8 @@ class TransferReceiver:
         self._loop = asyncio.get_running_loop()
         self._window_bytes = window_bytes
         self._executor = executor
+        self._speeds = speeds
+        self._lossy = lossy
         self._on_ended = on_ended
         self._reserve: Reserve | None = None
         self._on_layer: Callable[[int], None] = lambda _layer: None
@@ -148,6 +153,8 @@ class TransferReceiver:
             raise ProtocolError("CHUNK of a transfer that got no credit")
         if chunk.codec != RAW and chunk.codec not in CODECS:
             raise ProtocolError(f"CHUNK with unknown codec {chunk.codec}")
+        if chunk.codec != RAW and not CODECS[chunk.codec].lossless:
+            self._check_lossy(chunk)
         placement = state.place(chunk, channel)
         if placement is Placement.DUPLICATE:
             self.report.duplicate_chunks += 1
@@ -162,6 +169,13 @@ class TransferReceiver:
         if chunk.codec == RAW:
             return target
         return self._session.scratch.take(chunk.body_bytes)
+
+    def _check_lossy(self, chunk: FrameHeader) -> None:
+        name = CODECS[chunk.codec].name
+        known = chunk.layer < len(self.layout.layers) and chunk.tensor < len(self.layout.layers[chunk.layer].tensors)
+        if known and (self.layout.layers[chunk.layer].tensors[chunk.tensor].kind, name) not in self._lossy:
+            kind = self.layout.layers[chunk.layer].tensors[chunk.tensor].kind
+            raise ProtocolError(f"CHUNK in lossy codec {name}, which this side does not allow for {kind} tensors")
 
     def arrived(self, channel: Channel, event: ChunkArrived) -> None:
         """A CHUNK is here: in its place (raw), in a scratch buffer (encoded), or nowhere (a duplicate)."""
@@ -230,16 +244,26 @@ class TransferReceiver:
         job = self._loop.run_in_executor(
             self._executor, decode_chunk, CODECS[chunk.codec], wire, self._target(chunk), form, chunk
         )
-        job.add_done_callback(partial(self._decode_done, channel, chunk, wire))
+        job.add_done_callback(partial(self._decode_done, channel, chunk, wire, form.kind))
 
-    def _decode_done(self, channel: Channel, chunk: FrameHeader, wire: memoryview, job: asyncio.Future[bool]) -> None:
+    def _decode_done(
+        self,
+        channel: Channel,
+        chunk: FrameHeader,
+        wire: memoryview,
+        kind: TensorKind,
+        job: asyncio.Future[tuple[bool, float]],
+    ) -> None:
         self._decoding -= 1
         if self._session is not None:
             self._session.scratch.give_back(wire)
         channel = self._acknowledge_on.pop(chunk.sequence, channel)
         if not self._ended:
             # A job that could not run at all (the executor is gone) counts as damage: nothing arrived.
-            self._checked(channel, chunk, not job.cancelled() and job.exception() is None and job.result())
+            good, decode_s = (False, 0.0) if job.cancelled() or job.exception() is not None else job.result()
+            if good:
+                self._speeds.decoded(CODECS[chunk.codec].name, kind, chunk.raw_bytes, decode_s)
+            self._checked(channel, chunk, good)
         if self._decoding == 0 and self._decoded is not None and not self._decoded.done():
             self._decoded.set_result(None)
 
@@ -337,11 +361,15 @@ class TransferReceiver:
             self._deadline.cancel()
 
 
-def decode_chunk(codec: Codec, wire: memoryview, out: memoryview, form: ChunkForm, chunk: FrameHeader) -> bool:
-    """In a thread. False: the bytes are not what the sender hashed."""
+def decode_chunk(
+    codec: Codec, wire: memoryview, out: memoryview, form: ChunkForm, chunk: FrameHeader
+) -> tuple[bool, float]:
+    """In a thread: (good, CPU seconds of decoding). Not good: the bytes are not what the sender hashed."""
+    started_s = time.thread_time()
     try:
         codec.decode(wire, out, form)
     except CodecError:
-        return False
+        return False, 0.0
+    decode_s = time.thread_time() - started_s
     hashed = out if codec.lossless else wire
-    return chunk_checksum(hashed, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum
+    return chunk_checksum(hashed, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum, decode_s

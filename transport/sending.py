@@ -97,8 +97,8 @@ class TransferSender:
         self._failed: Exception | None = None
         self._on_failed: list[Callable[[Exception], None]] = []
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._lane_of: dict[int, tuple[Channel, float]] = {}
-        """Where and when an unacknowledged chunk was begun."""
+        self._lane_of: dict[int, tuple[Channel, int, float]] = {}
+        """On which lane an unacknowledged chunk was begun, with how many bytes, and when."""
         self._finish_channel: Channel | None = None
         self._readers = 0
         self._unread: asyncio.Future[None] | None = None
@@ -308,8 +308,8 @@ class TransferSender:
         if self._readers == 0 and self._unread is not None and not self._unread.done():
             self._unread.set_result(None)
 
-    def chunk_begun(self, channel: Channel, cut: Cut) -> None:
-        self._lane_of[cut.sequence] = (channel, self._loop.time())
+    def chunk_begun(self, channel: Channel, outgoing: Outgoing, now_s: float) -> None:
+        self._lane_of[outgoing.cut.sequence] = (channel, HEADER_BYTES + len(outgoing.payload), now_s)
 
     def chunk_sent(self, outgoing: Outgoing) -> None:
         cut = outgoing.cut
@@ -330,7 +330,9 @@ class TransferSender:
         self._state.acknowledged(body.chunks)
         if body.chunks and self._session is not None:
             begun = [at for sequence in body.chunks if (at := self._lane_of.pop(sequence, None)) is not None]
-            self._session.acknowledged(begun)
+            if begun:
+                wire_bytes = sum(nbytes for _, nbytes, _ in begun)
+                self._session.acknowledged(wire_bytes, min(at_s for _, _, at_s in begun))
         if body.damaged:
             for sequence in body.damaged:
                 self._lane_of.pop(sequence, None)
@@ -350,7 +352,7 @@ class TransferSender:
     def lane_lost(self, channel: Channel) -> None:
         """What was on that lane and is not acknowledged leaves again on another: chunks, FINISH, and OPEN or its
         answer (`lane_is_back`, when this was the last lane)."""
-        lost = [sequence for sequence, (lane, _) in self._lane_of.items() if lane is channel]
+        lost = [sequence for sequence, (lane, *_) in self._lane_of.items() if lane is channel]
         for sequence in lost:
             del self._lane_of[sequence]
         try:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Executor
+from dataclasses import fields
 from typing import NamedTuple
 
 from prfaas.common.config import TransportConfig
@@ -28,14 +29,13 @@ from prfaas.common.errors import (
     TransferCancelledError,
     TransferError,
 )
-from prfaas.common.kv_layout import TensorKind
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
-from prfaas.transport.api import LinkClock
+from prfaas.transport.api import LinkClock, LinkEstimate
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.clock import ClockEstimator
-from prfaas.transport.codecs.api import Codec
-from prfaas.transport.codecs.registry import codec_by_name
+from prfaas.transport.codec_choice import CodecChoice
+from prfaas.transport.codecs.choice import CodecSpeeds
 from prfaas.transport.connection import ChunkArrived, Control, Event
 from prfaas.transport.counters import Counters
 from prfaas.transport.egress import EgressCap
@@ -56,6 +56,8 @@ from prfaas.transport.frames import (
     Pong,
     Resume,
 )
+from prfaas.transport.lanes.api import LaneSample
+from prfaas.transport.link import LinkEstimator
 from prfaas.transport.outbound import Outbound
 from prfaas.transport.receiving import TransferReceiver
 from prfaas.transport.scratch import ScratchPool
@@ -64,6 +66,8 @@ from prfaas.transport.sending import TransferSender, cancel_error
 ACK_DELAY_S = 0.005
 """Acknowledgements wait so long for company: a frame a chunk would cost a tenth of a fast lane."""
 ACK_CHUNKS = 64
+MEASURE_S = 0.1
+LINK_FIGURES = tuple(figure.name for figure in fields(LinkEstimate))
 KEPT_TRANSFERS = 4096
 """Ended transfers that are remembered, to answer what is repeated because a lane took the answer with it."""
 
@@ -88,6 +92,7 @@ class Session:
         config: TransportConfig,
         executor: Executor,
         egress: EgressCap,
+        speeds: CodecSpeeds,
         admit: Admit,
         metrics: TransportMetrics,
         on_ended: Callable[[Session], None],
@@ -114,8 +119,11 @@ class Session:
         self._highest_received = 0
         self._answered: OrderedDict[int, Answered] = OrderedDict()
         self._completed: OrderedDict[int, None] = OrderedDict()
-        self._codec: Codec | None = codec_by_name(config.codec)
-        self._outbound = Outbound(config.chunk_bytes, config.codec_threads, executor, self._codec_of, self.wake)
+        self.codecs = CodecChoice(config, peer, speeds, metrics)
+        self._outbound = Outbound(config.chunk_bytes, config.codec_threads, executor, self.codecs.of, speeds, self.wake)
+        self._link = LinkEstimator()
+        self._link_gauge = metrics.link
+        self._measure_timer: asyncio.TimerHandle | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._suspended: asyncio.TimerHandle | None = None
@@ -200,8 +208,10 @@ class Session:
         assert self._suspended is not None
         self._suspended.cancel()
         self._suspended = None
+        if self._senders:
+            self._measure()
         log.info("kv session goes on", peer=self.peer, senders=len(self._senders), receivers=len(self._receivers))
-        channel.send(Resume(list(self._senders)))
+        channel.send(Resume(list(self._senders), self._last_number))
         for receiver in self._receivers.values():
             receiver.repeat_credit(channel)
         for sender in list(self._senders.values()):
@@ -219,11 +229,13 @@ class Session:
         for receiver in list(self._receivers.values()):
             receiver.fail(error, tell_peer=False)
         self._egress.leave(self)
+        self.codecs.forget()
         self._stop_timers()
         self._answered.clear()
         self._completed.clear()
         self._highest_received = 0
         self._clock = ClockEstimator()
+        self._link = LinkEstimator()
         self.established = False
         self._on_ended(self)
 
@@ -235,6 +247,11 @@ class Session:
         if not self._channels and (self._suspended is not None or self.established):
             self.end(reason)
 
+    def close_lane(self, index: int, reason: str) -> None:
+        channel = self._channels.get(index)
+        if channel is not None:
+            channel.close(reason, "lane")
+
     def channels(self) -> list[Channel]:
         return list(self._channels.values())
 
@@ -243,6 +260,13 @@ class Session:
 
     def link_clock(self) -> LinkClock | None:
         return self._clock.estimate(time.monotonic())
+
+    def link_estimate(self) -> LinkEstimate:
+        return self._link.estimate(time.monotonic())
+
+    def wanted_lanes(self, current: int, low: int, high: int) -> int:
+        """How many lanes the measured way needs; asked every few seconds."""
+        return self._link.wanted_lanes(current, low, high, time.monotonic())
 
     def send(self, body: ControlBody, transfer: int, flags: int = 0, *, prefer: Channel | None = None) -> None:
         """On `prefer` if it is up, else on any lane; nowhere when all are down: RESUME settles it."""
@@ -280,10 +304,10 @@ class Session:
         channel.send(Ping(sent_s=time.monotonic()))
 
     def _stop_timers(self) -> None:
-        for timer in (self._tick_timer, self._ack_timer):
+        for timer in (self._tick_timer, self._ack_timer, self._measure_timer):
             if timer is not None:
                 timer.cancel()
-        self._tick_timer = self._ack_timer = None
+        self._tick_timer = self._ack_timer = self._measure_timer = None
 
     # -- transfers
 
@@ -293,6 +317,8 @@ class Session:
         self._last_number += 1
         sender.number = self._last_number
         self._senders[sender.number] = sender
+        if self._measure_timer is None:
+            self._measure_timer = self._loop.call_later(MEASURE_S, self._measure)
 
     def sender_ready(self, sender: TransferSender) -> None:
         """It may have a chunk to send: opened, given pieces or credit, or a lane has lost some of it."""
@@ -317,8 +343,30 @@ class Session:
             if channel.writing is not None and channel.writing.sender is sender
         }
 
-    def acknowledged(self, chunks: Sequence[tuple[Channel, float]]) -> None:
-        """Chunks that were begun on a lane at an instant are in their place now."""
+    def acknowledged(self, wire_bytes: int, sent_s: float) -> None:
+        """Chunks that left at `sent_s` (the first of them) are in their place now."""
+        self._link.acknowledged(wire_bytes, sent_s, time.monotonic())
+
+    def _measure(self) -> None:
+        """Every MEASURE_S while there is anything to send, and once after: what the lanes and the queue say, and what
+        follows from it."""
+        self._measure_timer = self._loop.call_later(MEASURE_S, self._measure) if self._senders else None
+        now = time.monotonic()
+        samples: dict[Hashable, LaneSample] = {
+            channel: sample for channel in self._channels.values() if (sample := channel.sample()) is not None
+        }
+        if samples:
+            self._link.lanes(samples, now)
+        ready = sum(sender.ready_bytes for sender in self._senders.values())
+        in_flight = sum(sender.unacknowledged_bytes for sender in self._senders.values()) - ready
+        self._link.queue(ready, in_flight, now)
+        estimate = self._link.estimate(now)
+        limited = bool(ready) and self._outbound.encoding_limits
+        self.codecs.choose(estimate.bandwidth_bytes_per_s, codec_limited=limited, now_s=now)
+        for sender in self._senders.values():
+            sender.look_at_slack(estimate.bandwidth_bytes_per_s)
+        for what in LINK_FIGURES:
+            self._link_gauge.labels(self.peer, what).set(getattr(estimate, what))
 
     def add_receiver(self, number: int, receiver: TransferReceiver) -> None:
         self._receivers[number] = receiver
@@ -342,18 +390,16 @@ class Session:
 
     # -- ChannelOwner: sending
 
-    def _codec_of(self, kind: TensorKind) -> Codec | None:
-        return self._codec
-
     def next_outgoing(self, channel: Channel) -> Outgoing | None:
-        if not self._egress.may_send(self):
-            return None
-        outgoing = self._outbound.next(len(self._channels))
+        now = time.monotonic()
+        outgoing = self._outbound.next(len(self._channels)) if self._egress.may_send(self) else None
         if outgoing is None:
+            self._link.starved(now)
             return None
+        self._link.supplied(now)
         self._egress.sent(len(outgoing.payload))
         outgoing.sender.begin_read()
-        outgoing.sender.chunk_begun(channel, outgoing.cut)
+        outgoing.sender.chunk_begun(channel, outgoing, now)
         return outgoing
 
     def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
@@ -393,7 +439,9 @@ class Session:
         if isinstance(body, Ping):
             channel.send(Pong(body.sent_s, time.monotonic()))
         elif isinstance(body, Pong):
-            self._clock.add(body.ping_sent_s, body.answered_s, time.monotonic())
+            now = time.monotonic()
+            self._clock.add(body.ping_sent_s, body.answered_s, now)
+            self._link.ping(now - body.ping_sent_s, now)
         elif isinstance(body, Open):
             self._open(channel, number, body)
         elif isinstance(body, Error):
@@ -471,10 +519,10 @@ class Session:
 
     def _resumed_by_peer(self, channel: Channel, body: Resume) -> None:
         if not body.answer:
-            channel.send(Resume(list(self._senders), answer=True))
+            channel.send(Resume(list(self._senders), self._last_number, answer=True))
         sending = set(body.sending)
         for number, receiver in list(self._receivers.items()):
-            if number not in sending:
+            if number <= body.last and number not in sending:
                 detail = f"{self.peer} ended the transfer while no lane was up"
                 receiver.fail(TransferCancelledError(detail), tell_peer=False)
         for number in body.sending:

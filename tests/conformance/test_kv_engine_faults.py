@@ -9,7 +9,14 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 import structlog
-from prfaas.common.errors import ConfigError, EngineError, PeerRefusedError, TransferCancelledError, TransferError
+from prfaas.common.errors import (
+    ConfigError,
+    EngineError,
+    NoRoomError,
+    PeerRefusedError,
+    TransferCancelledError,
+    TransferError,
+)
 from prfaas.transport.api import KvAddress, TransferSpec
 from prfaas.transport.lanes.tcp import TcpBackend
 
@@ -205,10 +212,10 @@ async def test_each_open_says_the_remaining_time_anew(backend: MakeBackend) -> N
 async def test_waiting_for_room_ends_with_the_time(backend: MakeBackend) -> None:
     """A sender that never asks again doesn't keep the decode side waiting."""
     async with pair(backend, dense()) as p:
-        await p.send()  # the lanes are up: the time is for OPEN
+        await p.send()  # lanes are up, and OPEN needs no dialling
         transfer = p.offer(spec_of(p.layout), room=False)
-        with pytest.raises(TransferError):
-            await transfer.sender.open(remaining_s=0.05)
+        with pytest.raises(NoRoomError):
+            await transfer.sender.open(remaining_s=1.0)
         async with asyncio.timeout(SOON_S):
             with pytest.raises(TransferCancelledError, match="time ran out"):
                 await transfer.receiver.finished()

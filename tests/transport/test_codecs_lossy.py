@@ -14,6 +14,7 @@ from prfaas.common.config import LOSSY_CODECS
 from prfaas.common.kv_layout import DTYPE_BYTES, TensorKind
 from prfaas.transport.codecs.api import ChunkForm, CodecError
 from prfaas.transport.codecs.floats import FLOAT_TYPES, from_float32, to_float32
+from prfaas.transport.codecs.grouping import channel_groups, count_groups
 from prfaas.transport.codecs.registry import CODECS, LOSSLESS_NAMES, codec_by_name
 from prfaas.transport.codecs.sections import Method, SectionReader, SectionWriter
 
@@ -191,6 +192,15 @@ def test_a_damaged_chunk_decodes_or_is_a_codec_error(
     assert codec.lossless or np.isfinite(floats_of(out, dtype)).all()
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (64, 1), (128, 1), (131, 1), (192, 2), (257, 1), (512, 4), (576, 6), (640, 5)]
+)
+def test_how_many_groups_a_tokens_channels_make(channels: int, groups: int) -> None:
+    """The fewest equal ones of at most 128, none below 32: both sides must agree."""
+    assert channel_groups(channels) == groups
+    assert count_groups(ChunkForm(TensorKind.LATENT, "bfloat16", channels), 10 * channels) == 10 * groups
+
+
 def scales_and_codes(steps: Array, codes: Array) -> memoryview:
     """Values of one head: a step a token, [token, 64] codes."""
     writer = SectionWriter()
@@ -202,7 +212,8 @@ def scales_and_codes(steps: Array, codes: Array) -> memoryview:
 
 
 def test_a_codec_can_be_written_from_its_description() -> None:
-    """int4 of values: (code − 7) · step, with the planes of a bfloat16's rotated bits."""
+    """int4 of values: (code − 7) · step, with the planes of a bfloat16's rotated bits; of keys: low + code · step, with
+    codes as differences mod 16 from token to token."""
     form, codec = ChunkForm(TensorKind.VALUE, "bfloat16", 64), codec_by_name("int4")
     assert codec is not None
     codes = np.tile(np.arange(64) % 15, (2, 1))
@@ -210,6 +221,14 @@ def test_a_codec_can_be_written_from_its_description() -> None:
     out = bytearray(2 * 128)
     codec.decode(scales_and_codes(np.array([one, half]) << 1, codes), memoryview(out), form)
     assert np.array_equal(floats_of(out, "bfloat16").reshape(2, 64), (codes - 7) * np.array([[1.0], [0.5]]))
+    writer = SectionWriter()
+    for part in ([0x7F, 0x7E], [0, 0], [0x81, 0x81], [1, 0], [3, 0, 15, 1, 14, 0]):
+        writer.store(np.array(part, np.uint8))
+    wire, out = writer.join(b"", 1 << 30), bytearray(12)
+    assert wire is not None
+    codec.decode(memoryview(wire), memoryview(out), ChunkForm(TensorKind.KEY, "bfloat16", 2))
+    codes, step, low = np.array([[3, 0], [2, 1], [0, 1]]), np.array([1.0, 0.5]), np.array([-4.0, 4.0])
+    assert np.array_equal(floats_of(out, "bfloat16").reshape(3, 2), low + codes * step)
 
 
 @pytest.mark.parametrize("step", [0x7F80, 0x7FC0, 0x7F7F, 0xBF80, 0xFFC0])
@@ -221,6 +240,32 @@ def test_a_scale_that_would_poison_is_refused(name: str, step: int) -> None:
     rotated = np.array([(step << 1 | step >> 15) & 0xFFFF])
     with pytest.raises(CodecError, match="scale"):
         codec.decode(scales_and_codes(rotated, np.ones((1, 64))), memoryview(bytearray(128)), form)
+
+
+@pytest.mark.parametrize("low", [0xFF80, 0x7F80, 0x7FC0])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_low_that_would_poison_is_refused(name: str, low: int) -> None:
+    """Keys have one a group: minus infinity, infinity, NaN."""
+    codec, writer, channels = codec_by_name(name), SectionWriter(), 64
+    assert codec is not None
+    rotated = (low << 1 | low >> 15) & 0xFFFF
+    for byte in (0x7F, 0, rotated >> 8, rotated & 0xFF, 1):
+        writer.store(np.full(channels, byte, np.uint8))
+    wire = writer.join(b"", 1 << 30)
+    assert wire is not None
+    with pytest.raises(CodecError, match="scale"):
+        codec.decode(memoryview(wire), memoryview(bytearray(128)), ChunkForm(TensorKind.KEY, "bfloat16", channels))
+
+
+@pytest.mark.parametrize("name", LOSSY_CODECS)
+def test_bytes_behind_the_codes_are_refused(name: str) -> None:
+    """Nothing rides along."""
+    form, codec = ChunkForm(TensorKind.VALUE, "bfloat16", 64), codec_by_name(name)
+    assert codec is not None
+    good = scales_and_codes(np.array([0x3F80 << 1]), np.ones((1, 64)))
+    codec.decode(good, memoryview(bytearray(128)), form)
+    with pytest.raises(CodecError, match="1 bytes behind"):
+        codec.decode(memoryview(bytes(good) + b"."), memoryview(bytearray(128)), form)
 
 
 @pytest.mark.parametrize(("name", "code"), [("int8", 255), ("int4", 15), ("int4", 200), ("fp8", 0x7F), ("fp8", 0xFF)])

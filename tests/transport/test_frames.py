@@ -50,7 +50,7 @@ FRAMES: list[tuple[ControlBody, int]] = [
     (Cancel("cancelled"), FROM_RECEIVER),
     (Fetch("ticket", b"h" * 16, 0, 64), 0),
     (Fetched("not held"), FROM_RECEIVER),
-    (Resume([1, 2], answer=True), 0),
+    (Resume([1, 2], 3, answer=True), 0),
     (Ping(1.5), 0),
     (Pong(1.5, 2.5), 0),
 ]

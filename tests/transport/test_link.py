@@ -271,6 +271,16 @@ def test_tcp_tells_the_network_from_the_send_buffer() -> None:
     assert found.min_rtt_s == pytest.approx(0.081)
 
 
+def test_chunks_that_waited_in_the_send_buffer_do_not_make_the_way_long() -> None:
+    """Before any PING is back: TCP knows it better."""
+    estimator = LinkEstimator()
+    estimator.acknowledged(1000, 0.0, 1.0)
+    assert estimator.estimate(1.0).min_rtt_s == 1.0
+    estimator.lanes({1: lane(rtt_s=0.09, min_rtt_s=0.08)}, 1.0)
+    found = estimator.estimate(1.0)
+    assert (found.rtt_s, found.min_rtt_s) == (0.09, 0.08)
+
+
 def test_what_lies_behind_a_proxy_counts() -> None:
     """TCP sees the way to the proxy only, a PING goes all the way."""
     estimator = LinkEstimator()

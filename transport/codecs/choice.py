@@ -11,11 +11,13 @@ Over a fast link raw wins, over a slow one the smallest; each codec in between h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from prfaas.common.config import LOSSY_CODECS
 from prfaas.common.kv_layout import TensorKind
+from prfaas.transport.codecs.registry import LOSSLESS_NAMES
 
 RAW_NAME = "raw"
 MARGIN = 0.05
@@ -35,6 +37,15 @@ class CodecSpeed(NamedTuple):
 def payload_bytes_per_s(link_bytes_per_s: float, speed: CodecSpeed, threads: int) -> float:
     """Raw bytes that arrive in a second with a codec."""
     return min(link_bytes_per_s * speed.ratio, threads * speed.encode_bytes_per_s, threads * speed.decode_bytes_per_s)
+
+
+def allowed_codecs(
+    kind: TensorKind, lossy: Collection[tuple[TensorKind, str]], peer_codecs: Collection[str]
+) -> tuple[str, ...]:
+    """Candidates for `choose`, the most exact first: lossless ones, and those that the operator allows for the kind
+    (`lossy`, as `config.parse_lossy` gives it), as far as the peer (its HELLO) has them."""
+    names = (*LOSSLESS_NAMES, *(name for name in LOSSY_CODECS if (kind, name) in lossy))
+    return tuple(name for name in names if name == RAW_NAME or name in peer_codecs)
 
 
 def choose(
@@ -124,7 +135,7 @@ class CodecSpeeds:
     def of_kind(self, kind: TensorKind) -> dict[str, CodecSpeed]:
         """For `choose`. A codec is in it once it is calibrated, or was seen to encode and to decode."""
         works = self._work.get(kind, {})
-        names = dict.fromkeys((*(name for name, k in self._calibrated if k is kind), *works))
+        names = dict.fromkeys((*(name for name, _ in self._calibrated), *works))
         speeds = {name: _speed(works.get(name, _Work()), self._calibrated.get((name, kind))) for name in names}
         return {name: speed for name, speed in speeds.items() if speed is not None}
 

@@ -42,7 +42,7 @@ _ENTROPY = zstandard.ZstdCompressionParameters(
 )
 _SEARCH = zstandard.ZstdCompressionParameters.from_level(1)
 _SAMPLE_BYTES = 4096
-_WORTH = 31 / 32  # a section that shrinks by less is stored: decoding it again would cost more than it saves
+_WORTH = 63 / 64  # a section that shrinks by less is stored: decoding it again would cost more than it saves
 
 
 class Pool(Generic[T]):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from prfaas.common.config import TransportConfig
 from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
+from prfaas.transport.lanes import tcp_info
 from prfaas.transport.lanes.api import Buffer, LaneHandler, LaneSample, Listener
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 USER_TIMEOUT_S = 10.0
 """The kernel gives up on a peer that acknowledges nothing for so long (a partition)."""
 BACKLOG = 256
+WAN_RTT_S = 0.002
+"""A way of a longer round trip (of the handshake, as the kernel took it) is a WAN: bbr keeps its rate there where
+packets are lost for other reasons than congestion, and forgets it not when idle; on a short way cubic is faster."""
+UNSENT_BYTES = 1 << 20
+TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
 log = get_logger("transport")
 
@@ -77,17 +83,26 @@ class Tuning:
         if self._buffer_bytes:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
-        if self._congestion_control:
+        sample = tcp_info.read(sock)
+        far = sample is not None and sample.rtt_s >= WAN_RTT_S
+        if far:
+            # What the kernel holds unsent can't be overtaken by a transfer that starts now, nor moved when a lane dies.
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        wanted = self._congestion_control
+        if wanted == "auto":
+            wanted = "bbr" if far else "cubic"
+        if wanted:
             try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion_control.encode())
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, wanted.encode())
             except OSError as error:
                 if not self._warned:
                     self._warned = True
                     log.warning(
                         "congestion control not available; using the kernel's default",
-                        wanted=self._congestion_control,
+                        wanted=wanted,
                         error=str(error),
-                        mend=f"modprobe tcp_{self._congestion_control}, or set transport.congestion_control",
+                        mend=f"modprobe tcp_{wanted} and allow it in net.ipv4.tcp_allowed_congestion_control, or set "
+                        "transport.congestion_control",
                     )
 
 
@@ -101,6 +116,7 @@ class TcpLane(asyncio.BufferedProtocol):
         self._make_handler = handler
         self._tuning = tuning
         self._transport: asyncio.Transport | None = None
+        self._socket: socket.socket | None = None
         self._lost = False
 
     # -- asyncio.BufferedProtocol
@@ -108,6 +124,7 @@ class TcpLane(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._pause_at_once(self._transport)
+        self._socket = transport.get_extra_info("socket")
         self._tuning.apply(transport.get_extra_info("socket"))
         self._handler = self._make_handler()
         self._handler.connected(self)
@@ -130,7 +147,7 @@ class TcpLane(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
-        self._transport = None
+        self._transport = self._socket = None
         self._handler.lost(exc)
 
     # -- Lane
@@ -144,7 +161,7 @@ class TcpLane(asyncio.BufferedProtocol):
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def sample(self) -> LaneSample | None:
-        return None
+        return tcp_info.read(self._socket) if self._socket is not None else None
 
     def close(self) -> None:
         if self._transport is not None:

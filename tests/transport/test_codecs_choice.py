@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prfaas.common.kv_layout import TensorKind
 from prfaas.transport.codecs.calibration import ZstdOnPlanes, calibrate, calibrate_all, kv_like, measure
-from prfaas.transport.codecs.choice import MARGIN, CodecSpeed, CodecSpeeds, choose, payload_bytes_per_s
+from prfaas.transport.codecs.choice import MARGIN, CodecSpeed, CodecSpeeds, allowed_codecs, choose, payload_bytes_per_s
 from prfaas.transport.codecs.lossless import ZSTD
-from prfaas.transport.codecs.registry import CODECS
+from prfaas.transport.codecs.registry import CODEC_NAMES, CODECS
 
 MB = 1e6
 SPEEDS = {
@@ -37,6 +37,16 @@ def test_raw_wins_over_fast_links_zstd_over_slower_ones_and_lossy_below_where_it
     assert [chosen(r, allowed) for r in (25, 150, 240, 300, 700, 6000)] == ["int8"] * 3 + ["zstd"] * 2 + ["raw"]
     allowed = (*LOSSLESS, "int8", "int4")
     assert [chosen(r, allowed) for r in (25, 80, 150, 300, 6000)] == ["int4", "int4", "int4", "zstd", "raw"]
+
+
+def test_lossy_codecs_are_candidates_only_for_the_kinds_that_the_operator_names() -> None:
+    """And nothing that the peer lacks; the most exact come first."""
+    lossy = [(VALUE, "int4"), (VALUE, "int8"), (KEY, "fp8")]
+    assert allowed_codecs(VALUE, lossy, CODEC_NAMES) == (*LOSSLESS, "int8", "int4")
+    assert allowed_codecs(KEY, lossy, CODEC_NAMES) == (*LOSSLESS, "fp8")
+    assert allowed_codecs(TensorKind.RECURRENT, lossy, CODEC_NAMES) == LOSSLESS
+    assert allowed_codecs(VALUE, lossy, ["zstd", "int4"]) == ("raw", "zstd", "int4")
+    assert allowed_codecs(VALUE, lossy, []) == ("raw",)
 
 
 def test_more_threads_move_the_crossover() -> None:
