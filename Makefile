@@ -1,10 +1,12 @@
 # make demo, make test, make check: each sets up .venv itself, and is quick when it is there already.
 # Settings: PYTHON=python3.12   CUDA=1 (torch with CUDA)   TORCH_INDEX=<index with CPU builds of torch>
+#           UCX=1 (with install: also UCX for RDMA lanes, without GPU packages)
 
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+UCX_STAMP := $(VENV)/.installed-ucx
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 # One thread for each process: three engines share the cores, and contending threads cost more than they bring.
@@ -19,7 +21,7 @@ help:
 	@echo "make check   lint, types, import rules"
 	@echo "make bench   figures: one KV lane against bare sockets"
 	@echo "make clean   remove .venv and every build product (the model cache stays)"
-	@echo "Settings: ARGS=... for demo and test, PYTHON=..., CUDA=1, TORCH_INDEX=..."
+	@echo "Settings: ARGS=... for demo and test, PYTHON=..., CUDA=1, TORCH_INDEX=..., UCX=1 (with install)"
 
 demo: $(STAMP)
 	@$(BIN)/prfaas demo $(ARGS)
@@ -39,7 +41,7 @@ bench: $(STAMP)
 model: $(STAMP)
 	@$(BIN)/python -m prfaas.services.commands.fetch smollm2
 
-install: $(STAMP)
+install: $(STAMP) $(if $(UCX),$(UCX_STAMP))
 
 $(STAMP): pyproject.toml setup.py constraints.txt .ci/install_torch.py
 	@if [ -z "$(PYTHON)" ]; then \
@@ -49,6 +51,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/install_torch.py
 	@$(BIN)/python .ci/install_torch.py $(if $(CUDA),--cuda)
 	@echo "installing PrfaaS and its tools into $(VENV)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]'
+	@touch $@
+
+$(UCX_STAMP): .ci/ucx.txt $(STAMP)
+	@$(BIN)/python -m pip install --quiet --no-deps -r .ci/ucx.txt
 	@touch $@
 
 clean:

@@ -167,6 +167,9 @@ class TransportConfig:
     backend: Literal["tcp", "ucx"] = setting(
         "tcp", "what carries KV: tcp, or ucx (RDMA) where both ends of a session have it, else tcp"
     )
+    ucx_port: int = setting(
+        0, "where lanes over UCX are accepted, on the host of transport.bind; 0 = any free port", _between(0, 65535)
+    )
     chunk_bytes: int = setting(MIB, "largest chunk before the codec", _between(4096, 16 * MIB))
     codec: Literal["auto", "raw", "lz4", "zstd"] = setting(
         "auto", "how chunks are compressed; auto = as measured rates of link and codecs say, for each kind of tensor"
@@ -208,6 +211,17 @@ class TlsConfig:
     @property
     def enabled(self) -> bool:
         return bool(self.ca_file)
+
+
+def _ucx_problem(transport: Mapping[str, Any], tls: Mapping[str, Any]) -> list[str]:
+    if transport.get("backend") != "ucx":
+        return []
+    problems = []
+    if any(tls.values()):
+        problems.append("transport.backend = 'ucx': lanes over UCX can't be encrypted; unset tls.*, or set it to tcp")
+    if transport.get("lanes") == 1:
+        problems.append("transport.lanes = 1: the first lane is always TCP; transport.backend = 'ucx' needs 2 or more")
+    return problems
 
 
 def _tls_problem(given: Mapping[str, Any]) -> list[str]:
@@ -351,6 +365,7 @@ def load(
             shown = "<hidden>" if key in SECRET_KEYS else repr(value)
             problems.append(f"{key} = {shown} ({origin}): {error}")
     problems += _tls_problem(sections["tls"])
+    problems += _ucx_problem(sections["transport"], sections["tls"])
     if problems:
         raise ConfigError(problems)
     hints = typing.get_type_hints(Config)

@@ -85,6 +85,12 @@ class TransportMetrics:
         self.checksum_failures = Counter(
             "prfaas_transport_checksum_failures", "Chunks that arrived damaged", registry=registry
         )
+        self.backend_fallbacks = Counter(
+            "prfaas_transport_backend_fallbacks",
+            "Sessions over TCP where transport.backend asks for another: not_here, not_offered, unreachable",
+            ["reason"],
+            registry=registry,
+        )
         self.moved_chunks = Counter(
             "prfaas_transport_moved_chunks", "Chunks sent again because their lane was lost", registry=registry
         )

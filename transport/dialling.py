@@ -15,7 +15,7 @@ from prfaas.transport.api import KvAddress
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.connection import Control, Event
 from prfaas.transport.frames import Error, FrameHeader, Hello
-from prfaas.transport.lanes.api import Backend
+from prfaas.transport.routes import SessionRoutes
 from prfaas.transport.sending import TransferSender
 from prfaas.transport.session import Session
 
@@ -88,7 +88,7 @@ class Dialler:
         self,
         session: Session,
         address: KvAddress,
-        backend: Backend,
+        routes: SessionRoutes,
         config: TransportConfig,
         hello: MakeHello,
         check: CheckAnswer,
@@ -100,7 +100,7 @@ class Dialler:
         self.address = address
         self.senders: weakref.WeakSet[TransferSender] = weakref.WeakSet()
         """All that were made for this session; the session itself knows only those that have sent OPEN."""
-        self._backend = backend
+        self._routes = routes
         self._timeout_s = config.open_timeout_s
         self._idle_s = config.idle_s
         self._hello = hello
@@ -165,6 +165,7 @@ class Dialler:
     def session_ended(self) -> None:
         """What the peer still holds of the session is void, so the next lanes begin a new one."""
         self.session.id = self._new_session_id()
+        self._routes.forget()
 
     # -- Link
 
@@ -180,6 +181,7 @@ class Dialler:
         backoff_s = FIRST_BACKOFF_S
         while True:
             problem: Exception | None = None
+            await self._routes.ready(index)
             try:
                 async with asyncio.timeout(self._timeout_s):
                     channel = await self._dial(index)
@@ -214,6 +216,7 @@ class Dialler:
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)
+            self._routes.answered(index, answer.features)
 
         greeting = Greeting(accept)
         channel = Channel(greeting, self._now, session.peer)
@@ -221,11 +224,13 @@ class Dialler:
         address = self.address
         hello = self._hello(session, index, session.established)
         try:
-            await self._backend.dial(address.host, address.port, channel)
+            await self._routes.dial(index, address, channel)
             channel.send(hello)
             await greeting.accepted
         except BaseException as error:
             channel.abort("HELLO failed")
+            if session.usable:
+                self._routes.failed(index, error)
             if isinstance(error, RefusedByPeerError) and error.code == "unknown_session" and session.id == session_id:
                 session.close("the peer has restarted")  # unless that has been noticed, and a new session begun
             raise

@@ -43,6 +43,7 @@ from prfaas.transport.handshake import MAX_LANES, check_hello, signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.receiving import TransferReceiver
+from prfaas.transport.routes import Routes
 from prfaas.transport.sending import Link, TransferSender
 from prfaas.transport.session import Session
 from prfaas.transport.ticket import KEY_BYTES, TicketBook, read_claims
@@ -99,6 +100,7 @@ class KvEndpoint:
         self._secret = secret
         self._authorize = authorize
         self._backend: Backend = backend or TcpBackend(config)
+        self._routes = Routes(config, self._backend, secret, self.metrics)
         self._skew_s = clock_skew_s
         self._region = region
         self._nonces = NonceWindow(2 * clock_skew_s)
@@ -127,15 +129,19 @@ class KvEndpoint:
                 [f"transport.bind = {self._config.bind}: outside loopback a cluster secret is needed "
                  "(cluster.secret_file)"]
             )  # fmt: skip
+        # First: a node that dials at once must be told of it.
+        await self._routes.start(host, self._accept)
         try:
             self._listener = await self._backend.listen(host, port, self._accept)
         except OSError as error:
+            await self._routes.aclose()
             raise ConfigError([f"transport.bind = {self._config.bind}: {error.strerror or error}"]) from error
         if self._config.codec == AUTO:
             self._run(self._calibrate())
         # Where it really listens: a name, or 0, may stand for a wildcard.
         if not self._config.advertise and _is_wildcard(self._listener.address[0]):
             await self._listener.aclose()
+            await self._routes.aclose()
             raise ConfigError(
                 [f"transport.bind = {self._config.bind}: set transport.advertise to where other nodes dial"]
             )
@@ -161,6 +167,7 @@ class KvEndpoint:
         self._closed = True
         if self._listener is not None:
             await self._listener.aclose()
+        await self._routes.aclose()
         diallers, self._dialled = list(self._dialled.values()), {}
         for dialler in diallers:
             await dialler.aclose()
@@ -203,7 +210,7 @@ class KvEndpoint:
             dialler = Dialler(
                 self._new_session(secrets.token_hex(16), node, self._dialled_ended),
                 address,
-                self._backend,
+                self._routes.of(node),
                 self._config,
                 self._make_hello,
                 self._check_answer,
@@ -383,6 +390,7 @@ class KvEndpoint:
             time_s=time.time(),
             nonce=secrets.token_hex(16),
             codecs=CODEC_NAMES,
+            features=self._routes.features,
             lossy=self._config.lossy,
             region=self._region,
             resume=resume,
@@ -433,6 +441,7 @@ class KvEndpoint:
                 return
             session = self._new_session(hello.session, hello.node, self._accepted_ended)
             self._accepted[hello.node, hello.session] = session
+            self._routes.accepted(hello.node, hello.features)
         answer = self._hello(hello.session, hello.lane, hello.lanes, answer=True)
         channel = greeter.channel
         channel.peer = hello.node

@@ -12,26 +12,35 @@ from prfaas.common.config import TransportConfig
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.memory import MemoryNetwork
 from prfaas.transport.lanes.tcp import TcpBackend
+from prfaas.transport.lanes.ucx import make_ucx_backend
+from prfaas.transport.lanes.ucx_binding import ucx_problem
 from prfaas.transport.tls import Tls
 
 from tests.certificates import make_certificates
-from tests.conformance.kv_harness import FaultyBackend, MakeBackend
+from tests.conformance.kv_harness import SECRET, FaultyBackend, MakeBackend
 
 
 def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 
-@pytest.fixture(params=["memory", "tcp", "tls"])
+UCX = pytest.param("ucx", marks=pytest.mark.skipif(ucx_problem() is not None, reason=str(ucx_problem())))
+
+
+@pytest.fixture(params=["memory", "tcp", "tls", UCX])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def backend(kind: str, tmp_path: Path) -> MakeBackend:
-    if kind == "tls":
-        return lambda config: TlsNetwork(config, tmp_path)
-    return TcpBackend if kind == "tcp" else lambda _config: MemoryNetwork()
+    makers: dict[str, MakeBackend] = {
+        "memory": lambda _config: MemoryNetwork(),
+        "tcp": TcpBackend,
+        "tls": lambda config: TlsNetwork(config, tmp_path),
+        "ucx": lambda config: make_ucx_backend(config, SECRET),
+    }
+    return makers[kind]
 
 
 class TlsNetwork:

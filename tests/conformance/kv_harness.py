@@ -227,7 +227,7 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(backend: MakeBackend, layout: KvLayout | None = None, **settings: object):
+async def pair(backend: MakeBackend, layout: KvLayout | None = None, /, **settings: object):
     layout = layout or hybrid()
     config = TransportConfig(**{"lanes": 3, "chunk_bytes": 16384, "credit_bytes": 65536, **settings})  # type: ignore[arg-type]
     made = backend(config)

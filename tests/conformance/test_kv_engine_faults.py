@@ -198,6 +198,7 @@ async def test_a_request_whose_time_runs_out_fails_on_both_sides(
 async def test_each_open_says_the_remaining_time_anew(backend: MakeBackend) -> None:
     """ "No room" counts on; the later OPEN's time holds, and a transfer that is complete in time stays so."""
     async with pair(backend, dense()) as p:
+        await p.send()  # the lanes are up: the time is for OPEN
         transfer = p.offer(spec_of(p.layout), room=False)
         with pytest.raises(TransferError):
             await transfer.sender.open(remaining_s=0.1)
