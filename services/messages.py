@@ -13,9 +13,11 @@ line with the whole response object. A failure: `event: error` with an ErrorBody
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
+from prfaas.transport.api import LinkEstimate
 
 
 class KvAddressMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -32,6 +34,22 @@ class LoadMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     running_requests: int = 0
     context_tokens: int = 0
     free_kv_bytes: int = 0
+
+
+class LinkMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """transport.api.LinkEstimate, of the way to a peer."""
+
+    peer: str
+    bandwidth_bytes_per_s: float = 0.0
+    rtt_s: float = 0.0
+    min_rtt_s: float = 0.0
+    loss: float = 0.0
+    utilisation: float = 0.0
+    queued_bytes: int = 0
+
+    @staticmethod
+    def of(peer: str, estimate: LinkEstimate) -> LinkMessage:
+        return LinkMessage(peer, **dataclasses.asdict(estimate))
 
 
 class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -61,6 +79,8 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     clock_error_s: float = 1e9
     model_path: str = ""
     """The tokenizer's directory as the node sees it, for information."""
+    links: list[LinkMessage] = []
+    """What its KV sessions have measured of the ways to its peers."""
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -19,6 +19,7 @@ from prfaas.common.auth import NonceWindow
 from prfaas.common.config import TransportConfig, is_loopback, parse_address, parse_lossy
 from prfaas.common.errors import (
     ConfigError,
+    LaneLostError,
     PeerRefusedError,
     ProtocolError,
     TicketError,
@@ -29,7 +30,7 @@ from prfaas.common.identity import PeerIdentity
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
-from prfaas.transport.api import KvAddress, KvReceiver, KvSender, LinkClock, TransferSpec
+from prfaas.transport.api import KvAddress, KvReceiver, KvSender, LinkClock, LinkEstimate, TransferSpec
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.codec_choice import AUTO
 from prfaas.transport.codecs.calibration import calibrate_all
@@ -38,7 +39,17 @@ from prfaas.transport.codecs.registry import CODEC_NAMES
 from prfaas.transport.connection import Control, Event
 from prfaas.transport.dialling import Dialler
 from prfaas.transport.egress import EgressCap
-from prfaas.transport.frames import SUPPORTED_VERSIONS, FrameHeader, Hello, Open, Opened
+from prfaas.transport.fetching import MAX_PREFIX_HASH_BYTES, FetchRequest, ServeFetch
+from prfaas.transport.frames import (
+    MAX_REASON_CHARS,
+    SUPPORTED_VERSIONS,
+    Fetch,
+    Fetched,
+    FrameHeader,
+    Hello,
+    Open,
+    Opened,
+)
 from prfaas.transport.handshake import MAX_LANES, check_hello, signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
 from prfaas.transport.lanes.tcp import TcpBackend
@@ -116,6 +127,7 @@ class KvEndpoint:
         self._greeting: dict[Greeter, None] = {}
         """In order of arrival."""
         self._background: set[asyncio.Task[None]] = set()
+        self._on_fetch: ServeFetch | None = None
         self._accepted_lane = asyncio.Event()
         self._closed = False
 
@@ -275,6 +287,71 @@ class KvEndpoint:
             link.senders.add(sender)
         return sender
 
+    async def fetch(
+        self,
+        ticket: str,
+        prefix_hash: bytes,
+        node: str,
+        addresses: Sequence[KvAddress],
+        remaining_s: float | None = None,
+    ) -> None:
+        """Ask `node` to send the KV that `ticket` (of this endpoint's `receiver`, bound already) permits, of the prefix
+        whose tokens up to the range's end have this hash. Returns when it has agreed; layers then arrive as in every
+        transfer. remaining_s: until the request's deadline.
+
+        Raises PeerRefusedError with its reason (it doesn't hold that prefix, for one), LaneLostError when it does not
+        answer within `transport.open_timeout_s`. After an error or a cancel the receiver is still to be closed.
+        """
+        spec = read_claims(ticket).spec()
+        body = Fetch(ticket, prefix_hash, spec.tokens.start, spec.tokens.end, remaining_s)
+        timeout_s = self._config.open_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s if remaining_s is None else min(timeout_s, remaining_s)):
+                session = await self._link_to(node, addresses).usable()
+                await session.fetching.ask(body)
+        except TimeoutError:
+            raise LaneLostError(f"{node} did not answer FETCH within {timeout_s:g} s") from None
+
+    def on_fetch(self, serve: ServeFetch) -> None:
+        """Who answers other nodes' FETCH; until it is set all are refused."""
+        self._on_fetch = serve
+
+    def _serve_fetch(self, session: Session, body: Fetch) -> Fetched:
+        problem = self._fetch_problem(body)
+        if problem is None and self._on_fetch is not None:
+            spec = read_claims(body.ticket).spec()
+            link = SessionLink(session)
+            config = self._config
+            sender = TransferSender(spec, body.ticket, self.layout, link, config.chunk_bytes, config.open_timeout_s)
+            try:
+                problem = self._on_fetch(FetchRequest(spec, body.prefix_hash, session.peer, body.remaining_s), sender)
+            except Exception:
+                log.exception("the engine's on_fetch raised", peer=session.peer, request_id=spec.request_id)
+                problem = "its engine failed; its log says more"
+        if problem is not None:
+            self.metrics.refusals.labels("fetch").inc()
+        return Fetched(refused="" if problem is None else problem[:MAX_REASON_CHARS])
+
+    def _fetch_problem(self, body: Fetch) -> str | None:
+        if self._on_fetch is None:
+            return "this node holds no prefixes for others"
+        if not 1 <= len(body.prefix_hash) <= MAX_PREFIX_HASH_BYTES:
+            return f"a prefix hash of {len(body.prefix_hash)} bytes"
+        try:
+            spec = read_claims(body.ticket).spec()
+        except TicketError as error:
+            return str(error)
+        if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
+            return "the ticket is for another model or KV layout"
+        if (spec.tokens.start, spec.tokens.end) != (body.token_start, body.token_end):
+            return "FETCH does not say the same as its ticket"
+        return None
+
+    def link_estimates(self) -> dict[str, LinkEstimate]:
+        """What the sessions have measured of the way to each peer, by node; the newest session that is up."""
+        sessions = [*self._accepted.values(), *(dialler.session for dialler in self._dialled.values())]
+        return {session.peer: session.link_estimate() for session in sessions if session.usable}
+
     # -- inside
 
     def _link_to(self, node: str, addresses: Sequence[KvAddress]) -> Link:
@@ -311,6 +388,7 @@ class KvEndpoint:
             self._egress,
             self._speeds,
             self._admit,
+            self._serve_fetch,
             self.metrics,
             on_ended,
         )
@@ -468,6 +546,19 @@ class KvEndpoint:
     @property
     def open_timeout_s(self) -> float:
         return self._config.open_timeout_s
+
+
+class SessionLink:
+    """A `Link` to the one session on which the peer asked."""
+
+    def __init__(self, session: Session) -> None:
+        self.session: Session | None = session
+        self.peer = session.peer
+
+    async def usable(self) -> Session:
+        assert self.session is not None
+        await self.session.wait_usable()
+        return self.session
 
 
 class AcceptedLink:

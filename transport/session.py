@@ -6,7 +6,7 @@ the transfers wait for a new one:
 
     new --first lane--> up --last lane lost--> suspended --a lane within resume_s--> up
                         |                         '--none, or the peer is a new process--> ended: transfers failed
-                        '--last lane lost with no transfers, or closed by a node that leaves--> ended
+                        '--closed by a node that leaves--> ended
 
 Dialling is in dialling.py, the choice of the next chunk in outbound.py.
 """
@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Executor
 from dataclasses import fields
+from functools import partial
 from typing import NamedTuple
 
 from prfaas.common.config import TransportConfig
@@ -39,6 +40,7 @@ from prfaas.transport.codecs.choice import CodecSpeeds
 from prfaas.transport.connection import ChunkArrived, Control, Event
 from prfaas.transport.counters import Counters
 from prfaas.transport.egress import EgressCap
+from prfaas.transport.fetching import Fetching
 from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
@@ -48,6 +50,8 @@ from prfaas.transport.frames import (
     ControlBody,
     Credit,
     Error,
+    Fetch,
+    Fetched,
     Finish,
     FrameHeader,
     Open,
@@ -94,6 +98,7 @@ class Session:
         egress: EgressCap,
         speeds: CodecSpeeds,
         admit: Admit,
+        serve_fetch: Callable[[Session, Fetch], Fetched],
         metrics: TransportMetrics,
         on_ended: Callable[[Session], None],
     ) -> None:
@@ -121,6 +126,7 @@ class Session:
         self._completed: OrderedDict[int, None] = OrderedDict()
         self.codecs = CodecChoice(config, peer, speeds, metrics)
         self._outbound = Outbound(config.chunk_bytes, config.codec_threads, executor, self.codecs.of, speeds, self.wake)
+        self.fetching = Fetching(peer, config.max_transfers, partial(serve_fetch, self), self.send)
         self._link = LinkEstimator()
         self._link_gauge = metrics.link
         self._measure_timer: asyncio.TimerHandle | None = None
@@ -138,7 +144,7 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        return not self._senders and not self._receivers
+        return not self._senders and not self._receivers and not self.fetching.waiting
 
     async def wait_usable(self) -> None:
         """Until a lane is up. Raises PeerRefusedError when the peer refuses our HELLO."""
@@ -191,15 +197,18 @@ class Session:
         if other is not None:
             for receiver in self._receivers.values():
                 receiver.repeat_credit(other)
+            self.fetching.repeat()
         elif not self._channels:
             self._all_lanes_lost(reason)
 
     def _all_lanes_lost(self, reason: str) -> None:
         self._stop_timers()
-        if self._peer_left or self.idle or not self._config.resume_s:
+        if self._peer_left or not self._config.resume_s:
             self.end(self._peer_left or reason)
         elif self._suspended is None:
-            log.warning("all kv lanes lost; waiting for new ones", peer=self.peer, resume_s=self._config.resume_s)
+            # Without transfers too: what the peer has sent may have been lost on its way.
+            if not self.idle:
+                log.warning("all kv lanes lost; waiting for new ones", peer=self.peer, resume_s=self._config.resume_s)
             detail = f"{reason}; no new one within {self._config.resume_s:g} s"
             self._suspended = self._loop.call_later(self._config.resume_s, self.end, detail)
 
@@ -216,6 +225,7 @@ class Session:
             receiver.repeat_credit(channel)
         for sender in list(self._senders.values()):
             sender.lane_is_back()
+        self.fetching.repeat()
 
     def end(self, reason: str) -> None:
         """No lane is up and none is waited for: all transfers fail. What comes next is a new session; it may lead to a
@@ -228,6 +238,7 @@ class Session:
             sender.fail(error, tell_peer=False)
         for receiver in list(self._receivers.values()):
             receiver.fail(error, tell_peer=False)
+        self.fetching.fail(error)
         self._egress.leave(self)
         self.codecs.forget()
         self._stop_timers()
@@ -436,20 +447,10 @@ class Session:
 
     def _control(self, channel: Channel, event: Control) -> None:
         body, number = event.body, event.header.transfer
-        if isinstance(body, Ping):
-            channel.send(Pong(body.sent_s, time.monotonic()))
-        elif isinstance(body, Pong):
-            now = time.monotonic()
-            self._clock.add(body.ping_sent_s, body.answered_s, now)
-            self._link.ping(now - body.ping_sent_s, now)
-        elif isinstance(body, Open):
+        if isinstance(body, Open):
             self._open(channel, number, body)
-        elif isinstance(body, Error):
-            if body.code == "closing":
-                self._peer_left = body.detail or "closed by the peer"
-            channel.abort(f"{self.peer} closed the lane: {body.detail or body.code}")
-        elif isinstance(body, Resume):
-            self._resumed_by_peer(channel, body)
+        elif isinstance(body, Ping | Pong | Error | Resume | Fetch | Fetched):
+            self._of_session(channel, number, body)
         elif event.from_receiver:
             sender = self._senders.get(number)
             if sender is not None:
@@ -460,6 +461,25 @@ class Session:
                 self._to_receiver(channel, receiver, body)
             elif isinstance(body, Finish):
                 self._tell_ended(channel, number)
+
+    def _of_session(self, channel: Channel, number: int, body: ControlBody) -> None:
+        """Frames that are no transfer's."""
+        if isinstance(body, Ping):
+            channel.send(Pong(body.sent_s, time.monotonic()))
+        elif isinstance(body, Pong):
+            now = time.monotonic()
+            self._clock.add(body.ping_sent_s, body.answered_s, now)
+            self._link.ping(now - body.ping_sent_s, now)
+        elif isinstance(body, Error):
+            if body.code == "closing":
+                self._peer_left = body.detail or "closed by the peer"
+            channel.abort(f"{self.peer} closed the lane: {body.detail or body.code}")
+        elif isinstance(body, Resume):
+            self._resumed_by_peer(channel, body)
+        elif isinstance(body, Fetch):
+            self.fetching.asked_by_peer(channel, number, body)
+        elif isinstance(body, Fetched):
+            self.fetching.answered(number, body)
 
     def _to_sender(self, sender: TransferSender, body: ControlBody) -> None:
         if isinstance(body, Ack):

@@ -21,7 +21,7 @@ from prfaas.services.decode.handler import DecodeService
 from prfaas.services.engine.api import Engine
 from prfaas.services.engine.tokenizer import BYTES, load_tokenizer
 from prfaas.services.leases import Leases
-from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LoadMessage
+from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LinkMessage, LoadMessage
 from prfaas.services.node.heartbeat import RouterLink
 from prfaas.services.prefill.handler import PrefillService
 from prfaas.transport.api import KvAddress, LinkClock
@@ -191,12 +191,14 @@ class Node:
             clock_offset_s=clock.offset_s if clock is not None else 0.0,
             clock_error_s=clock.error_s if clock is not None else 1e9,
             model_path=self.config.engine.model,
+            links=[LinkMessage.of(peer, estimate) for peer, estimate in self.endpoint.link_estimates().items()],
         )
 
     def _answered(self, answer: HeartbeatAnswer) -> None:
-        """Sessions are opened before they are needed, and kept as long as a router lists the peer. Prefill dials."""
-        if self.role != "prefill":
-            return
+        """Sessions are opened before they are needed, and kept as long as a router lists the peer."""
+        sends = self.role == "prefill"
+        if sends != (self.config.transport.dial == "sender"):
+            return  # the other side dials
         for peer in answer.peers:
             if peer.node != self.name and peer.kv_addresses:
                 self.endpoint.connect(peer.node, [KvAddress(a.host, a.port, a.rank) for a in peer.kv_addresses])
