@@ -41,6 +41,9 @@ LANES_WINDOW_S = 3.0
 MIN_RTT_S = 300.0
 """As long as the kernel keeps its own: a session under steady load hardly ever sees an empty path."""
 RTT_GAIN = 0.25
+PROXY_RTT = 4.0
+"""A PING that never takes less than so many of TCP's own round trips goes further than TCP sees: there is a proxy. Less
+than that is what a busy process or a full send buffer does to PINGs."""
 
 LANE_BYTES = 2.5e6
 """What one lane keeps in flight under the usual limit of tcp_wmem (4 MiB, of which the kernel counts its overhead)."""
@@ -245,9 +248,8 @@ class LinkEstimator:
             return self._rtt_s or low_s, low_s
         near_s = min(sample.min_rtt_s for sample in seen)
         network_s = sum(sample.rtt_s for sample in seen) / len(seen)
-        # Chunks and PINGs wait in the send buffer, what TCP measures doesn't; but before a proxy TCP sees a part of the
-        # way only. The first PINGs of a session find the buffer empty, chunks hardly ever do.
-        beyond_s = max(0.0, low_s - near_s) if self._rtt_s else 0.0
+        # What TCP measures doesn't wait in the send buffer, as chunks and PINGs do, but ends at a proxy.
+        beyond_s = low_s - near_s if self._rtt_s and low_s > PROXY_RTT * near_s else 0.0
         return network_s + beyond_s, near_s + beyond_s
 
 

@@ -128,6 +128,7 @@ def _repeating(disturb: Callable[[], None] | None) -> Iterator[None]:
 def pair(link: WanLink, options: argparse.Namespace, **settings: Any) -> Iterator[Pair]:
     transport = {
         "lanes": options.lanes,
+        "codec": options.codec,
         "congestion_control": options.congestion_control,
         "socket_buffer_bytes": options.socket_buffer_bytes,
         **settings,
@@ -307,6 +308,7 @@ def main() -> int:
     flags.add_argument("--mib", type=int, default=512, help="of the one big transfer; the others follow it (512)")
     flags.add_argument("--repetitions", type=int, default=3, help="of the warm transfers; the median counts (3)")
     flags.add_argument("--lanes", type=int, default=0, help="0 = as many as the measured bandwidth needs (0)")
+    flags.add_argument("--codec", default="raw", help="of all scenarios but codecs (raw)")
     flags.add_argument("--congestion-control", default="bbr")
     flags.add_argument("--socket-buffer-bytes", type=int, default=0)
     flags.add_argument("--slow-start-after-idle", type=int, choices=(0, 1), default=1, help="the kernel's setting (1)")

@@ -34,6 +34,7 @@ class PrfaasKv(InMemory):
         config = TransportConfig(
             lanes=self.options["lanes"],
             chunk_bytes=self.options["chunk_bytes"],
+            codec="raw",
             congestion_control=self.options["congestion_control"],
         )
         self._kv = KvEndpoint(
