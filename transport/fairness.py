@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Generic, Protocol, TypeVar
 
+QUANTUM_BYTES = 64 << 10
+"""Less than a chunk: a turn that let a whole chunk of each pass would be as unfair as chunks are unequal."""
 BOOST = 4
 
 
@@ -33,7 +35,7 @@ class DeficitRoundRobin(Generic[F]):
     """Holds the flows that may have something to send. One that has nothing leaves at its turn; `activate` brings it
     back, so the cost of a turn does not grow with the number of idle flows."""
 
-    def __init__(self, quantum_bytes: int) -> None:
+    def __init__(self, quantum_bytes: int = QUANTUM_BYTES) -> None:
         self._quantum = quantum_bytes
         self._turns: deque[F] = deque()
         self._deficit: dict[F, int] = {}
@@ -58,8 +60,8 @@ class DeficitRoundRobin(Generic[F]):
             if size == 0:
                 turns.popleft()
                 del deficit[flow]
-            elif deficit[flow] >= size:
-                deficit[flow] -= size
+            elif deficit[flow] >= size or len(turns) == 1:
+                deficit[flow] = max(0, deficit[flow] - size)
                 return flow
             else:
                 deficit[flow] += self._quantum * (BOOST if flow.urgent else 1)

@@ -29,14 +29,13 @@ class Outbound:
 
     def __init__(
         self,
-        quantum_bytes: int,
         threads: int,
         executor: Executor,
         codec_of: Callable[[TensorKind], Codec | None],
         speeds: CodecSpeeds,
         wake: Callable[[], None],
     ) -> None:
-        self._turns: DeficitRoundRobin[TransferSender] = DeficitRoundRobin(quantum_bytes)
+        self._turns: DeficitRoundRobin[TransferSender] = DeficitRoundRobin()
         self._threads = threads
         self._executor = executor
         self._codec_of = codec_of

@@ -125,7 +125,7 @@ class Session:
         self._answered: OrderedDict[int, Answered] = OrderedDict()
         self._completed: OrderedDict[int, None] = OrderedDict()
         self.codecs = CodecChoice(config, peer, speeds, metrics)
-        self._outbound = Outbound(config.chunk_bytes, config.codec_threads, executor, self.codecs.of, speeds, self.wake)
+        self._outbound = Outbound(config.codec_threads, executor, self.codecs.of, speeds, self.wake)
         self.fetching = Fetching(peer, config.max_transfers, partial(serve_fetch, self), self.send)
         self._link = LinkEstimator()
         self._link_gauge = metrics.link

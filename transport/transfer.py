@@ -90,6 +90,7 @@ class SendingTransfer:
         self._acknowledged_bytes = 0
         self._put_bytes = 0
         self._ready_bytes = 0
+        self._head_bytes = 0
         self._used_credit_bytes = 0
         self._granted_bytes = 0
         self._next_sequence = 0
@@ -103,6 +104,7 @@ class SendingTransfer:
     def opened(self, credit_bytes: int) -> None:
         """OPEN was accepted. Chunks are at most half the window, so that one can be sent while one is consumed."""
         self._chunk_bytes = max(1, min(self._chunk_bytes, credit_bytes // 2))
+        self._head_bytes = 0
         self.grant(credit_bytes)
 
     def grant(self, granted_bytes: int) -> None:
@@ -120,6 +122,7 @@ class SendingTransfer:
             if len(data):
                 self._put_bytes += len(data)
                 self._ready_bytes += len(data)
+                self._head_bytes = 0
                 heapq.heappush(self._ready, (piece.layer, piece.offset_bytes, piece.tensor, piece.row, data))
 
     def finish(self) -> None:
@@ -135,8 +138,7 @@ class SendingTransfer:
             return len(self._again[0].data)
         if not self._ready:
             return 0
-        layer, offset, tensor, _, data = self._ready[0]
-        size = self._chunk_size(layer, tensor, offset, len(data))
+        size = self._head_bytes or self._measure_head()
         return size if self._has_credit(size) else 0
 
     @property
@@ -161,10 +163,11 @@ class SendingTransfer:
             return self._start(self._again.popleft())
         if not self._ready:
             return None
-        layer, offset, tensor, row, data = self._ready[0]
-        size = self._chunk_size(layer, tensor, offset, len(data))
+        size = self._head_bytes or self._measure_head()
         if not self._has_credit(size):
             return None
+        layer, offset, tensor, row, data = self._ready[0]
+        self._head_bytes = 0
         self._ready_bytes -= size
         self._used_credit_bytes += size
         if size == len(data):
@@ -174,12 +177,16 @@ class SendingTransfer:
             data = data[:size]
         return self._start(Cut(self._sequence(), layer, tensor, row, offset, data, 1))
 
-    def _chunk_size(self, layer: int, tensor: int, offset: int, ready_bytes: int) -> int:
-        """Cut between two tokens where a chunk holds any: codecs look at whole tokens."""
+    def _measure_head(self) -> int:
+        """The next chunk's size, kept: it is asked for often. Cut between two tokens where a chunk holds any, since
+        codecs look at whole tokens."""
+        layer, offset, tensor, _, data = self._ready[0]
+        ready_bytes = len(data)
         size = min(ready_bytes, self._chunk_bytes)
         token = self._token_bytes[layer][tensor]
         if size < ready_bytes and size > token > 0:
             size -= (offset + size) % token
+        self._head_bytes = size
         return size
 
     def _has_credit(self, size: int) -> bool:
