@@ -408,7 +408,7 @@ class Session:
             self._link.starved(now)
             return None
         self._link.supplied(now)
-        self._egress.sent(len(outgoing.payload))
+        self._egress.sent(len(outgoing.header) + len(outgoing.payload))
         outgoing.sender.begin_read()
         outgoing.sender.chunk_begun(channel, outgoing, now)
         return outgoing
