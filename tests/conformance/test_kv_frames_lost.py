@@ -25,7 +25,7 @@ from tests.conformance.kv_harness import (
 
 
 def lose(faults: FaultyBackend, type: FrameType, times: int, *, all_lanes: bool) -> list[int]:
-    """The lanes that bring the next frames of that type die before it has come, or all lanes do; [how many are left]."""
+    """The lanes that bring the next frames of that type die before it has come, or all lanes do. [How many are left]"""
     left = [times]
 
     def header(head: FrameHeader) -> bool:
