@@ -54,7 +54,7 @@ class EgressCap:
     def _wake_next(self) -> None:
         # One that has nothing to send any more, or whose lanes are full, must not hold up the others.
         self._timer = None
-        if self._waiting:
+        if self._bucket is not None and self._waiting and self._bucket.wait_s(time.monotonic()) == 0.0:
             self._turn = self._waiting.popleft()
             self._turn.wake()
-            self._schedule()
+        self._schedule()  # a turn while the bucket is empty would be no turn

@@ -281,7 +281,7 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
-        link = self._link_to(node, addresses)
+        link = self._link_to_receiver(node) or self._link_to(node, addresses)
         sender = TransferSender(spec, ticket, self.layout, link, self._config.chunk_bytes, self._config.open_timeout_s)
         if isinstance(link, Dialler):
             link.senders.add(sender)
@@ -305,8 +305,10 @@ class KvEndpoint:
         spec = read_claims(ticket).spec()
         body = Fetch(ticket, prefix_hash, spec.tokens.start, spec.tokens.end, remaining_s)
         timeout_s = self._config.open_timeout_s
+        if remaining_s is not None:
+            timeout_s = min(timeout_s, max(0.0, remaining_s))
         try:
-            async with asyncio.timeout(timeout_s if remaining_s is None else min(timeout_s, remaining_s)):
+            async with asyncio.timeout(timeout_s):
                 session = await self._link_to(node, addresses).usable()
                 await session.fetching.ask(body)
         except TimeoutError:
@@ -354,11 +356,20 @@ class KvEndpoint:
 
     # -- inside
 
+    def _link_to_receiver(self, node: str) -> Link | None:
+        """Where receivers dial: what `node` has dialled or will, since it may be out of reach from here. None: the
+        usual way."""
+        if self._config.dial == "sender":
+            return None
+        accepted = self.accepted_from(node)
+        dialler = self._dialled_to(node)
+        if dialler is None or (accepted is not None and accepted.usable):
+            return AcceptedLink(self, node)
+        return dialler if dialler.session.usable else FirstLink(self, dialler)
+
     def _link_to(self, node: str, addresses: Sequence[KvAddress]) -> Link:
         accepted = self.accepted_from(node)
         dialler = self._dialled_to(node)
-        if self._config.dial == "receiver" and dialler is None:
-            return AcceptedLink(self, node)
         if dialler is None and accepted is not None and (accepted.usable or not addresses):
             return AcceptedLink(self, node)
         if addresses:
@@ -574,6 +585,25 @@ class AcceptedLink:
 
     async def usable(self) -> Session:
         return await self._endpoint.accepted_session(self.peer)
+
+
+class FirstLink(AcceptedLink):
+    """A `Link` to a node that dials us, and that we are dialling: whichever comes first."""
+
+    def __init__(self, endpoint: KvEndpoint, dialler: Dialler) -> None:
+        super().__init__(endpoint, dialler.peer)
+        self._dialler = dialler
+
+    async def usable(self) -> Session:
+        accepted = asyncio.create_task(super().usable())
+        dialled = asyncio.create_task(self._dialler.usable())
+        try:
+            await asyncio.wait((accepted, dialled), return_when=asyncio.FIRST_COMPLETED)
+            # Where our dialling is refused the node's may come yet.
+            return dialled.result() if dialled.done() and dialled.exception() is None else await accepted
+        finally:
+            accepted.cancel()
+            dialled.cancel()
 
 
 class Greeter:

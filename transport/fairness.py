@@ -43,7 +43,8 @@ class DeficitRoundRobin(Generic[F]):
     def activate(self, flow: F) -> None:
         """It may have something to send. Idempotent."""
         if flow not in self._deficit:
-            self._deficit[flow] = 0
+            # Its first turn comes with a quantum, as each later one, or it would wait for two rounds.
+            self._deficit[flow] = self._share(flow)
             self._turns.append(flow)
 
     def remove(self, flow: F) -> None:
@@ -64,6 +65,9 @@ class DeficitRoundRobin(Generic[F]):
                 deficit[flow] = max(0, deficit[flow] - size)
                 return flow
             else:
-                deficit[flow] += self._quantum * (BOOST if flow.urgent else 1)
+                deficit[flow] += self._share(flow)
                 turns.rotate(-1)
         return None
+
+    def _share(self, flow: F) -> int:
+        return self._quantum * (BOOST if flow.urgent else 1)

@@ -195,9 +195,9 @@ class Fetched(Body, frozen=True, omit_defaults=True):
 
 
 class Resume(Body, frozen=True, omit_defaults=True):
-    """First on the first lane after all were lost, and the answer to it: the numbers of the transfers that this side
-    sends and that have not ended for it. What the other side receives and this one does not name, up to `last`, has
-    ended; what is above `last` was begun later, and overtook this frame on another lane."""
+    """After a lane was lost, on another (the first that comes, if all were), and the answer to it: the numbers of the
+    transfers that this side sends and that have not ended for it. What the other side receives and this one does not
+    name, up to `last`, has ended; what is above `last` was begun later, and overtook this frame on another lane."""
 
     sending: list[int] = []
     last: int = 0

@@ -40,7 +40,7 @@ from prfaas.transport.frames import (
     Opened,
     chunk_checksum,
 )
-from prfaas.transport.transfer import TIME_RAN_OUT, Placement, ReceivingTransfer, Standing
+from prfaas.transport.transfer import TIME_RAN_OUT, Place, Placement, ReceivingTransfer, Standing, place_of
 from prfaas.transport.waiting import finish_despite_cancel
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class TransferReceiver:
         self._finished: asyncio.Future[None] = self._loop.create_future()
         self._ended = False
         self._decoding = 0
-        self._acknowledge_on: dict[int, Channel] = {}
+        self._acknowledge_on: dict[Place, Channel] = {}
         """Chunks that are being checked, and of which another lane has brought a copy meanwhile: the lane they came on
         is gone, and an acknowledgement on it would be lost."""
         self._decoded: asyncio.Future[None] | None = None
@@ -198,7 +198,7 @@ class TransferReceiver:
         assert self._session is not None
         standing = self._state.standing(chunk)
         if standing is Standing.CHECKING:
-            self._acknowledge_on[chunk.sequence] = channel
+            self._acknowledge_on[place_of(chunk)] = channel
         elif standing is not Standing.RECEIVING:
             self._session.acknowledge(channel, self._number, chunk.sequence, damaged=standing is Standing.FREE)
 
@@ -257,7 +257,7 @@ class TransferReceiver:
         self._decoding -= 1
         if self._session is not None:
             self._session.scratch.give_back(wire)
-        channel = self._acknowledge_on.pop(chunk.sequence, channel)
+        channel = self._acknowledge_on.pop(place_of(chunk), channel)
         if not self._ended:
             # A job that could not run at all (the executor is gone) counts as damage: nothing arrived.
             good, decode_s = (False, 0.0) if job.cancelled() or job.exception() is not None else job.result()

@@ -145,7 +145,7 @@ class TransferSender:
             async with asyncio.timeout(remaining_s if late else self._timeout_s):
                 opened = await self._ask(await self._usable_session())
         except TimeoutError:
-            error: TransferError = LaneLostError(f"{self.peer} did not answer OPEN within {self._timeout_s:g} s")
+            error: TransferError = LaneLostError(self._why_not_open())
             if late:
                 error = TransferCancelledError(f"{TIME_RAN_OUT} before {self.peer} answered OPEN")
             self.fail(error)
@@ -181,6 +181,14 @@ class TransferSender:
         self._state.opened(opened.credit_bytes)
         if self._session is not None:
             self._session.sender_ready(self)
+
+    def _why_not_open(self) -> str:
+        if self.number:
+            return f"{self.peer} did not answer OPEN within {self._timeout_s:g} s"
+        return (
+            f"no lane to {self.peer} within {self._timeout_s:g} s; is it up, and can the side that dials "
+            "(transport.dial) reach the other's transport.advertise?"
+        )
 
     async def _usable_session(self) -> Session:
         if self.number == 0 or self._session is None:

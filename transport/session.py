@@ -195,6 +195,8 @@ class Session:
             sender.lane_lost(channel)
         other = self.any_channel()
         if other is not None:
+            # A CANCEL may have been lost with it, and with each of the others in turn.
+            self._tell_what_is_sent(other)
             for receiver in self._receivers.values():
                 receiver.repeat_credit(other)
             self.fetching.repeat()
@@ -220,12 +222,15 @@ class Session:
         if self._senders:
             self._measure()
         log.info("kv session goes on", peer=self.peer, senders=len(self._senders), receivers=len(self._receivers))
-        channel.send(Resume(list(self._senders), self._last_number))
+        self._tell_what_is_sent(channel)
         for receiver in self._receivers.values():
             receiver.repeat_credit(channel)
         for sender in list(self._senders.values()):
             sender.lane_is_back()
         self.fetching.repeat()
+
+    def _tell_what_is_sent(self, channel: Channel, *, answer: bool = False) -> None:
+        channel.send(Resume(list(self._senders), self._last_number, answer))
 
     def end(self, reason: str) -> None:
         """No lane is up and none is waited for: all transfers fail. What comes next is a new session; it may lead to a
@@ -408,7 +413,7 @@ class Session:
             self._link.starved(now)
             return None
         self._link.supplied(now)
-        self._egress.sent(len(outgoing.payload))
+        self._egress.sent(len(outgoing.header) + len(outgoing.payload))
         outgoing.sender.begin_read()
         outgoing.sender.chunk_begun(channel, outgoing, now)
         return outgoing
@@ -539,11 +544,11 @@ class Session:
 
     def _resumed_by_peer(self, channel: Channel, body: Resume) -> None:
         if not body.answer:
-            channel.send(Resume(list(self._senders), self._last_number, answer=True))
+            self._tell_what_is_sent(channel, answer=True)
         sending = set(body.sending)
         for number, receiver in list(self._receivers.items()):
             if number <= body.last and number not in sending:
-                detail = f"{self.peer} ended the transfer while no lane was up"
+                detail = f"{self.peer} ended the transfer; its word was lost with a lane"
                 receiver.fail(TransferCancelledError(detail), tell_peer=False)
         for number in body.sending:
             known = self._answered.get(number)

@@ -35,6 +35,9 @@ leave few; a peer that sends every other byte would take a hundred bytes of book
 MAX_DAMAGED = 1024
 """Places of a transfer that arrived damaged once: by accident there are a few."""
 
+Place = tuple[int, int, int, int]
+"""Layer, tensor, row, offset_bytes."""
+
 TIME_RAN_OUT = "the request's time ran out"
 
 
@@ -336,9 +339,9 @@ class ReceivingTransfer:
         self._missing_layers = sum(1 for nbytes in self._missing if nbytes)
         self._claimed: dict[tuple[int, int, int], ByteRanges] = {}
         self._receiving: dict[Hashable, FrameHeader] = {}
-        self._lane_of: dict[tuple[int, int, int, int], Hashable] = {}
-        self._checking: set[tuple[int, int, int, int]] = set()
-        self._damaged: set[tuple[int, int, int, int]] = set()
+        self._lane_of: dict[Place, Hashable] = {}
+        self._checking: set[Place] = set()
+        self._damaged: set[Place] = set()
         self._gaps = 0
         self._window_bytes = window_bytes
         self._begun_bytes = 0
@@ -383,7 +386,7 @@ class ReceivingTransfer:
                 f"CHUNK overlaps {held} bytes that are here already: layer {chunk.layer} tensor {chunk.tensor} "
                 f"row {chunk.row} [{chunk.offset_bytes}, {end})"
             )
-        other = self._lane_of.get(_place(chunk))
+        other = self._lane_of.get(place_of(chunk))
         if other is not None:
             older = self._receiving[other]
             if older.raw_bytes != chunk.raw_bytes:
@@ -397,11 +400,11 @@ class ReceivingTransfer:
 
     def _claim(self, chunk: FrameHeader, lane: Hashable) -> None:
         self._receiving[lane] = chunk
-        self._lane_of[_place(chunk)] = lane
+        self._lane_of[place_of(chunk)] = lane
 
     def standing(self, chunk: FrameHeader) -> Standing:
         """Of a chunk's range, for a copy of it that was drained."""
-        place = _place(chunk)
+        place = place_of(chunk)
         if place in self._lane_of:
             return Standing.RECEIVING
         if place in self._checking:
@@ -414,19 +417,19 @@ class ReceivingTransfer:
         """The range that it was receiving is free again: the chunk comes once more, on another lane."""
         chunk = self._receiving.pop(lane, None)
         if chunk is not None:
-            del self._lane_of[_place(chunk)]
+            del self._lane_of[place_of(chunk)]
             self._begun_bytes -= chunk.raw_bytes
             self._release(chunk)
 
     def received(self, chunk: FrameHeader) -> None:
         """All bytes of a claimed chunk are here; `arrived` or `damaged` follows."""
-        place = _place(chunk)
+        place = place_of(chunk)
         del self._receiving[self._lane_of.pop(place)]
         self._checking.add(place)
 
     def arrived(self, chunk: FrameHeader) -> bool:
         """A received chunk is in its place and its checksum matched. True: this completed its layer."""
-        self._checking.discard(_place(chunk))
+        self._checking.discard(place_of(chunk))
         self._consumed_bytes += chunk.raw_bytes
         self._missing[chunk.layer] -= chunk.raw_bytes
         if self._missing[chunk.layer]:
@@ -437,7 +440,7 @@ class ReceivingTransfer:
     def damaged(self, chunk: FrameHeader) -> None:
         """A received chunk's checksum did not match: its range is free again. Raises ChecksumError at the second
         time."""
-        place = _place(chunk)
+        place = place_of(chunk)
         self._checking.discard(place)
         self._begun_bytes -= chunk.raw_bytes
         self._release(chunk)
@@ -477,5 +480,5 @@ class ReceivingTransfer:
         return granted
 
 
-def _place(chunk: FrameHeader) -> tuple[int, int, int, int]:
+def place_of(chunk: FrameHeader) -> Place:
     return chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes

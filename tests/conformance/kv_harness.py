@@ -316,6 +316,7 @@ class FaultyHandler:
         self._buffer = memoryview(b"")
         self.lane = None
         self.open = False
+        self.at_header: FrameHeader | None = None
         self.received_chunks = 0
 
     def connected(self, lane) -> None:  # type: ignore[no-untyped-def]
@@ -341,6 +342,7 @@ class FaultyHandler:
                 header = FrameHeader._make(HEADER.unpack(self._header))
                 self._header.clear()
                 self._body_left = header.body_bytes
+                self.at_header = header
                 if received_bytes == HEADER.size and self._faults.garble(header):
                     data[3] = 99
                 if header.type == FrameType.CHUNK:

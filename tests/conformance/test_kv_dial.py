@@ -1,0 +1,153 @@
+"""dial = "receiver": the side that receives opens sessions, since it can't be reached from the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from prfaas.common.errors import LaneLostError
+from prfaas.transport.api import KvAddress, KvSender
+from prfaas.transport.endpoint import KvEndpoint
+from prfaas.transport.fetching import FetchRequest
+
+from tests.conformance.kv_harness import (
+    SOON_S,
+    FaultyBackend,
+    MakeBackend,
+    Pair,
+    dense,
+    pair,
+    spec_of,
+)
+
+NOWHERE = [KvAddress("127.0.0.1", 9)]
+"""What a node behind NAT advertises: nobody answers there."""
+
+
+@asynccontextmanager
+async def behind_nat(backend: MakeBackend, **settings: object) -> AsyncIterator[Pair]:
+    """`near` receives and dials, `far` sends and can't reach it. Nothing has been dialled yet."""
+    async with pair(backend, dense(), dial="receiver", **settings) as p:
+        await p.near.aclose()
+        p.near = Hidden(p.endpoint("near"))
+        await p.near.start()
+        yield p
+
+
+class Hidden:
+    """An endpoint whose addresses lead nowhere."""
+
+    addresses = NOWHERE
+
+    def __init__(self, endpoint: KvEndpoint) -> None:
+        self._endpoint = endpoint
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._endpoint, name)
+
+
+async def test_the_receiver_dials(backend: MakeBackend) -> None:
+    """Its one outgoing connection is enough, before and after; and for what it sends itself."""
+    async with behind_nat(backend) as p:
+        p.near.connect("far", p.far.addresses)
+        await p.send_back(seed=1)
+        await p.send(seed=2)
+        await p.send_back(seed=3)
+
+
+async def test_a_request_that_is_faster_than_the_receivers_dialling_waits_for_it(backend: MakeBackend) -> None:
+    """OPEN leaves when the session is there."""
+    async with behind_nat(backend) as p:
+        transfer = p.offer(spec_of(p.layout), sender=p.far)
+        opening = asyncio.create_task(transfer.sender.open())
+        await asyncio.sleep(0)
+        p.near.connect("far", p.far.addresses)
+        async with asyncio.timeout(SOON_S):
+            await opening
+        transfer.put_all()
+        await transfer.complete()
+
+
+async def test_a_receiver_that_never_dials_is_one_clear_error(backend: MakeBackend) -> None:
+    """Within open_timeout_s."""
+    async with behind_nat(backend, open_timeout_s=0.2) as p:
+        transfer = p.offer(spec_of(p.layout), sender=p.far)
+        with pytest.raises(LaneLostError, match=r"no lane to near within 0\.2 s.*transport\.dial"):
+            await transfer.sender.open()
+        await transfer.sender.aclose()
+        await transfer.receiver.aclose()
+
+
+async def test_a_session_of_ours_that_leads_nowhere_is_no_way(backend: MakeBackend) -> None:
+    """The sender was told to dial too (it receives as well): the receiver's session is what is up, and is used."""
+    async with behind_nat(backend) as p:
+        p.near.connect("far", p.far.addresses)
+        await p.send_back(seed=1)
+        p.far.connect("near", NOWHERE)
+        await p.send_back(seed=2)
+
+
+async def test_the_sessions_of_both_directions_serve(backend: MakeBackend) -> None:
+    """Where both can be reached, and each dials for what it receives."""
+    async with pair(backend, dense(), dial="receiver") as p:
+        p.far.connect("near", p.near.addresses)
+        await asyncio.gather(p.send(seed=1), p.send_back(seed=2))
+        await asyncio.gather(p.send(seed=3), p.send_back(seed=4))
+
+
+async def test_who_fetches_receives_and_so_dials(backend: MakeBackend) -> None:
+    """A holder that no router has told us of: FETCH needs no session before."""
+    async with behind_nat(backend) as p:
+        transfer = p.offer(spec_of(p.layout), sender=p.far)
+        tasks = []
+
+        async def send(sender: KvSender) -> None:
+            await sender.open()
+            transfer.put_all()
+
+        def serve(_request: FetchRequest, sender: KvSender) -> None:
+            transfer.sender = sender
+            tasks.append(asyncio.create_task(send(sender)))
+
+        p.far.on_fetch(serve)
+        async with asyncio.timeout(SOON_S):
+            await p.near.fetch(transfer.ticket, b"h", "far", p.far.addresses)
+            await asyncio.gather(*tasks)
+        await transfer.complete()
+
+
+async def test_the_newest_session_is_the_one(faulty: MakeBackend, faults: list[FaultyBackend]) -> None:
+    """The receiver was started anew while the lanes of its old process look alive: tickets of the new one work."""
+    async with behind_nat(faulty) as p:
+        p.near.connect("far", p.far.addresses)
+        await p.send_back(seed=1)
+        old, p.near = p.near, Hidden(p.endpoint("near"))
+        await p.near.start()
+        try:
+            p.near.connect("far", p.far.addresses)
+            await p.send(seed=2)
+            await p.send_back(seed=3)
+        finally:
+            await old.aclose()
+        await p.send_back(seed=4)
+
+
+async def test_lanes_that_die_are_dialled_again_by_the_receiver(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """All at once, in the middle of a transfer."""
+    async with behind_nat(faulty) as p:
+        p.near.connect("far", p.far.addresses)
+        transfer = p.offer(spec_of(p.layout), sender=p.far)
+        await transfer.sender.open()
+        transfer.sender.put(transfer.pieces(0))
+        await transfer.until_layer(0)
+        for handler in faults[0].lanes:
+            if handler.open:
+                handler.lane.abort()
+        for layer in range(1, 4):
+            transfer.sender.put(transfer.pieces(layer))
+        transfer.sender.finish({})
+        await transfer.complete()
