@@ -49,12 +49,15 @@ LANE_BYTES = 2.5e6
 """What one lane keeps in flight under the usual limit of tcp_wmem (4 MiB, of which the kernel counts its overhead)."""
 HEADROOM = 1.25
 """Lanes share a link unevenly, so the mean of what they keep in flight is below what each could."""
-KEEP = 1.6
-"""Lanes are given up only where so many times the bandwidth-delay product would fit into those that stay."""
+KEEP = 2.5
+"""Lanes are given up only where so many times the bandwidth-delay product would fit into those that stay: giving one up
+costs what is on it, and its successor would start slowly."""
+TOO_FEW_S = 300.0
+"""A number of lanes that was too small is not tried again for so long."""
 LIMITED_SHARE = 0.1
 """Of its busy time in which a buffer or window, not the link, held a lane back: then more lanes carry more."""
 CONGESTED_RTT = 2.0
-CONGESTED_LOSS = 0.02
+CONGESTED_LOSS = 0.05
 
 
 class _Point(NamedTuple):
@@ -90,6 +93,8 @@ class LinkEstimator:
         self._low_rtts: deque[tuple[float, float]] = deque()
         self._lanes = _LaneHistory()
         self._lane_bytes = LANE_BYTES
+        self._too_few = 0
+        self._too_few_until_s = -math.inf
 
     # -- what happens
 
@@ -162,7 +167,13 @@ class LinkEstimator:
         recent = self._lanes.recent()
         held = [sample.in_flight_bytes for sample in recent if _is_limited(sample)]
         self._lane_bytes = max(held, default=0) or self._lane_bytes
-        return wanted_lanes(self.estimate(now_s), recent, current, low, high, self._lane_bytes)
+        if now_s >= self._too_few_until_s:
+            self._too_few = 0
+        low = min(max(low, self._too_few + 1), high)
+        wanted = wanted_lanes(self.estimate(now_s), recent, current, low, high, self._lane_bytes)
+        if wanted > current:
+            self._too_few, self._too_few_until_s = max(self._too_few, current), now_s + TOO_FEW_S
+        return wanted
 
     # -- inside
 
@@ -338,7 +349,8 @@ def wanted_lanes(
     while buffers or windows hold most of them back. One lane a call is given up, and only where the rest do with much
     to spare, or where the path is congested.
     """
-    needed = estimate.bandwidth_bytes_per_s * estimate.min_rtt_s / lane_bytes
+    product = estimate.bandwidth_bytes_per_s * estimate.min_rtt_s
+    needed = product / lane_bytes
     held = sum(_is_limited(sample) for sample in recent)
     wanted = current
     if estimate.rtt_s > CONGESTED_RTT * estimate.min_rtt_s and estimate.loss > CONGESTED_LOSS:
@@ -347,7 +359,7 @@ def wanted_lanes(
         wanted = 2 * current
     elif math.ceil(HEADROOM * needed) > current:
         wanted = math.ceil(HEADROOM * needed)
-    elif estimate.bandwidth_bytes_per_s and math.ceil(KEEP * needed) < current:
+    elif estimate.bandwidth_bytes_per_s and math.ceil(KEEP * product / min(lane_bytes, LANE_BYTES)) < current:
         wanted = current - 1
     return min(max(wanted, low), high)
 
