@@ -182,7 +182,7 @@ class TransportConfig:
     codec_threads: int = setting(0, "threads that encode and decode; 0 = half as many as cores", _between(0, 64))
     congestion_control: str = setting(
         "auto",
-        "TCP_CONGESTION of every lane; auto = cubic on a short way, bbr over a WAN; empty = the kernel's default",
+        "TCP_CONGESTION of lanes; auto = cubic, and bbr over a WAN that loses packets; empty = the kernel's default",
     )
     egress_bytes_per_s: float = setting(0.0, "cap on what all sessions together send; 0 = none", _between(0, 1e12))
     resume_s: float = setting(

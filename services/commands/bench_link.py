@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bytes-mib", type=_whole(64, 1 << 20), default=1024, help="KV of each repetition, MiB (1024)")
     made.add_argument("--lanes", type=_whole(1, 64), default=1, help="connections (1)")
     made.add_argument("--chunk-kib", type=_whole(4, 4096), default=1024, help="chunk size, KiB (1024)")
-    made.add_argument("--codec", choices=("raw", "lz4", "zstd"), default="raw", help="codec of our side (raw)")
+    made.add_argument("--codec", choices=("auto", "raw", "lz4", "zstd"), default="raw", help="codec of our side (raw)")
     made.add_argument(
         "--repetitions", type=_whole(1, 1000), default=5, help="in turn with the peers; medians count (5)"
     )

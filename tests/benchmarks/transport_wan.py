@@ -309,7 +309,7 @@ def main() -> int:
     flags.add_argument("--repetitions", type=int, default=3, help="of the warm transfers; the median counts (3)")
     flags.add_argument("--lanes", type=int, default=0, help="0 = as many as the measured bandwidth needs (0)")
     flags.add_argument("--codec", default="raw", help="of all scenarios but codecs (raw)")
-    flags.add_argument("--congestion-control", default="bbr")
+    flags.add_argument("--congestion-control", default="auto", help="auto, cubic or bbr (auto)")
     flags.add_argument("--socket-buffer-bytes", type=int, default=0)
     flags.add_argument("--slow-start-after-idle", type=int, choices=(0, 1), default=1, help="the kernel's setting (1)")
     flags.add_argument("--kv", help="a file of bfloat16 KV to send (default: noise that compresses about like it)")

@@ -12,6 +12,7 @@ from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
 from prfaas.transport.lanes import tcp_info
 from prfaas.transport.lanes.api import Buffer, LaneHandler, LaneSample, Listener
+from prfaas.transport.lanes.congestion import WAN_RTT_S, LossWatch
 
 if TYPE_CHECKING:
     from prfaas.transport.tls import Tls
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 USER_TIMEOUT_S = 10.0
 """The kernel gives up on a peer that acknowledges nothing for so long (a partition)."""
 BACKLOG = 256
-WAN_RTT_S = 0.002
-"""A way of a longer round trip (of the handshake, as the kernel took it) is a WAN: bbr keeps its rate there where
-packets are lost for other reasons than congestion, and forgets it not when idle; on a short way cubic is faster."""
 UNSENT_BYTES = 1 << 20
 TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
@@ -74,6 +72,8 @@ class Tuning:
 
     def __init__(self, config: TransportConfig) -> None:
         self._congestion_control = config.congestion_control
+        self.watches = config.congestion_control == "auto"
+        """Lanes choose by themselves."""
         self._buffer_bytes = config.socket_buffer_bytes
         self._warned = False
 
@@ -84,26 +84,28 @@ class Tuning:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer_bytes)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
         sample = tcp_info.read(sock)
-        far = sample is not None and sample.rtt_s >= WAN_RTT_S
-        if far:
+        if sample is not None and sample.rtt_s >= WAN_RTT_S:
             # What the kernel holds unsent can't be overtaken by a transfer that starts now, nor moved when a lane dies.
             sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        wanted = self._congestion_control
-        if wanted == "auto":
-            wanted = "bbr" if far else "cubic"
-        if wanted:
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, wanted.encode())
-            except OSError as error:
-                if not self._warned:
-                    self._warned = True
-                    log.warning(
-                        "congestion control not available; using the kernel's default",
-                        wanted=wanted,
-                        error=str(error),
-                        mend=f"modprobe tcp_{wanted} and allow it in net.ipv4.tcp_allowed_congestion_control, or set "
-                        "transport.congestion_control",
-                    )
+        if self.watches:
+            self.control(sock, "cubic")
+        elif self._congestion_control:
+            self.control(sock, self._congestion_control)
+
+    def control(self, sock: socket.socket, wanted: str) -> None:
+        """Set TCP_CONGESTION."""
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, wanted.encode())
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "congestion control not available; using the kernel's default",
+                    wanted=wanted,
+                    error=str(error),
+                    mend=f"modprobe tcp_{wanted} and allow it in net.ipv4.tcp_allowed_congestion_control, or set "
+                    "transport.congestion_control",
+                )
 
 
 class TcpLane(asyncio.BufferedProtocol):
@@ -117,6 +119,7 @@ class TcpLane(asyncio.BufferedProtocol):
         self._tuning = tuning
         self._transport: asyncio.Transport | None = None
         self._socket: socket.socket | None = None
+        self._watch = LossWatch() if tuning.watches else None
         self._lost = False
 
     # -- asyncio.BufferedProtocol
@@ -161,7 +164,16 @@ class TcpLane(asyncio.BufferedProtocol):
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def sample(self) -> LaneSample | None:
-        return tcp_info.read(self._socket) if self._socket is not None else None
+        sample = tcp_info.read(self._socket) if self._socket is not None else None
+        if sample is not None and self._watch is not None:
+            self._look_at_losses(self._watch, sample)
+        return sample
+
+    def _look_at_losses(self, watch: LossWatch, sample: LaneSample) -> None:
+        if sample.min_rtt_s >= WAN_RTT_S and watch.lossy(sample) and self._socket is not None:
+            self._watch = None
+            self._tuning.control(self._socket, "bbr")
+            log.info("kv lane loses packets for other reasons than full queues: bbr", rtt_s=round(sample.rtt_s, 4))
 
     def close(self) -> None:
         if self._transport is not None:
