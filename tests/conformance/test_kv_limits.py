@@ -12,11 +12,14 @@ from prfaas.common.errors import TransferCancelledError, TransferError
 from prfaas.common.kv_layout import TensorKind
 from prfaas.transport.codecs.api import ChunkForm
 from prfaas.transport.codecs.registry import codec_by_name
+from prfaas.transport.endpoint import MAX_ACCEPTED_SESSIONS
 from prfaas.transport.frames import FrameType, Ping, chunk_checksum, encode_control
+from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.scratch import ScratchPool
 
 from tests.conformance.kv_harness import (
+    SECRET,
     SOON_S,
     MakeBackend,
     RawLane,
@@ -24,6 +27,7 @@ from tests.conformance.kv_harness import (
     chunk_frame,
     content,
     dense,
+    hello_body,
     open_body,
     pair,
     spec_of,
@@ -138,6 +142,26 @@ async def test_copies_of_a_chunk_that_is_being_checked_are_remembered_once() -> 
         await transfer.receiver.aclose()
         await first.aclose()
         await second.aclose()
+
+
+async def test_a_node_can_have_so_many_sessions() -> None:
+    """Those whose lanes are gone make room, though they might be resumed; those that are up don't: one more is refused,
+    and other nodes are not."""
+    async with pair(TcpBackend, dense(1), resume_s=3600.0) as p:
+        await p.send()
+        for _ in range(2 * MAX_ACCEPTED_SESSIONS):
+            await (await RawLane.dial(p.far.addresses[0])).aclose()
+        lanes = []
+        for _ in range(MAX_ACCEPTED_SESSIONS):
+            lanes.append(await RawLane.dial(p.far.addresses[0]))
+            assert len(p.far._accepted) <= 1 + MAX_ACCEPTED_SESSIONS
+        one_more = await RawLane.connect(p.far.addresses[0])
+        one_more.writer.write(encode_control(signed(hello_body(secrets.token_hex(16)), SECRET)))
+        error = await one_more.until(FrameType.ERROR)
+        assert (error.code, "raw has 64 sessions here" in error.detail) == ("hello_refused", True)
+        await p.send(seed=1)
+        for lane in (*lanes, one_more):
+            await lane.aclose()
 
 
 def test_tiny_encoded_chunks_take_tiny_buffers() -> None:
