@@ -50,6 +50,9 @@ class CodecChoice:
         for kind in TensorKind:
             both = [name for name in self._allowed[kind] if name in theirs[kind]]
             self._candidates[kind] = tuple(name for name in (*LOSSLESS, *both) if name in peer_codecs)
+            if self._fixed is None and self._names[kind] not in self._candidates[kind]:
+                self._change(kind, RAW_NAME)  # at once: a new process of the peer may refuse what the old one took
+        self._look_up()
 
     def choose(self, link_bytes_per_s: float, *, codec_limited: bool, now_s: float) -> None:
         """Each tick while there are transfers. codec_limited: lanes were short of chunks though KV was waiting."""
@@ -62,10 +65,14 @@ class CodecChoice:
             if not probing:
                 speeds = self._speeds.of_kind(kind)
                 chosen = choose(self._candidates[kind], link_bytes_per_s or None, speeds, self._threads, current)
-            if chosen != current:
-                self._names[kind] = chosen
-                self._gauge.labels(self._peer, str(kind), current).set(0)
+            self._change(kind, chosen)
         self._look_up()
+
+    def _change(self, kind: TensorKind, name: str) -> None:
+        before = self._names[kind]
+        if name != before:
+            self._names[kind] = name
+            self._gauge.labels(self._peer, str(kind), before).set(0)
 
     def _probe(self, codec_limited: bool, now_s: float) -> bool:
         if codec_limited and now_s >= self._next_probe_s:

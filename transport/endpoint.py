@@ -66,6 +66,8 @@ oldest: strangers that say nothing must not keep out a node, whose HELLO follows
 MAX_SPARE_SESSIONS = 4
 """To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
 each time. The one told longest ago makes room."""
+MAX_ACCEPTED_SESSIONS = 64
+"""Of one node; a session that has lost its lanes stays for `resume_s`, so that a node could fill our memory with them."""
 MAX_CODEC_THREADS = 8
 CLOSE_S = 1.0
 """How long lanes may take to say why they close."""
@@ -528,6 +530,7 @@ class KvEndpoint:
             if hello.resume:
                 greeter.channel.close("this node does not know the session; begin a new one", "unknown_session")
                 return
+            self._make_room_for_session_of(hello.node)
             session = self._new_session(hello.session, hello.node, self._accepted_ended)
             self._accepted[hello.node, hello.session] = session
             self._routes.accepted(hello.node, hello.features)
@@ -539,6 +542,16 @@ class KvEndpoint:
         session.add_channel(channel, hello.lane)
         self._accepted_lane.set()
         self._accepted_lane = asyncio.Event()
+
+    def _make_room_for_session_of(self, node: str) -> None:
+        """Those without lanes go first, the oldest of them. Raises PeerRefusedError."""
+        sessions = [session for (peer, _), session in self._accepted.items() if peer == node]
+        if len(sessions) < MAX_ACCEPTED_SESSIONS:
+            return
+        without_lanes = next((session for session in sessions if not session.channels()), None)
+        if without_lanes is None:
+            raise PeerRefusedError(f"{node} has {len(sessions)} sessions here, each with lanes; use or close those")
+        without_lanes.end(f"{node} has begun {len(sessions)} other sessions since")
 
     async def accepted_session(self, node: str) -> Session:
         """Wait until `node` has dialled us."""
