@@ -276,7 +276,8 @@ class PageReceiver:
         self.dtypes = dtypes
         self.opened = 0
         self.finish: Header | None = None
-        self.problems: list[BaseException] = []
+        self.problems: list[Exception] = []
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def ticket(self) -> str:
         claims = msgspec.msgpack.encode(self.claims)
@@ -298,11 +299,15 @@ class PageReceiver:
                 self._end(lane, header)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except BaseException as error:
+        except AssertionError as error:
             self.problems.append(error)
-            raise
+            self._over()
         finally:
             writer.close()
+
+    def _over(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
 
     def _chunk(self, lane: PageLane, header: Header, data: bytes) -> None:
         assert header.codec == 0
@@ -331,6 +336,7 @@ class PageReceiver:
     def _end(self, lane: PageLane, header: Header) -> None:
         if self.finish is not None and not self.missing_bytes and header.type in (CHUNK, FINISH):
             lane.writer.write(frame(ACK, {"finished": True}, header.transfer, 1))
+            self._over()
 
 
 async def test_a_receiver_from_the_page_receives_a_transfer(backend: MakeBackend) -> None:
@@ -344,12 +350,16 @@ async def test_a_receiver_from_the_page_receives_a_transfer(backend: MakeBackend
         address = KvAddress(*server.sockets[0].getsockname()[:2])
         sender = both.near.sender(receiver.ticket(), "page", [address])
         transfer = Transfer(layout, spec, "", None, source, sender=sender)  # type: ignore[arg-type]
-        async with asyncio.timeout(SOON_S):
-            await sender.open()
-            transfer.put_all()
-            report = await sender.done()
+        sender.on_failed(receiver.problems.append)
+        try:
+            async with asyncio.timeout(SOON_S):
+                await sender.open()
+                transfer.put_all()
+                await receiver.over
+                assert receiver.problems == []
+                report = await sender.done()
+        finally:
+            server.close()
+            await sender.aclose()
+        assert (report.resent_chunks, report.moved_chunks) == (0, 0)
         assert receiver.rows == source
-        assert report.resent_chunks == report.moved_chunks == 0
-        await sender.aclose()
-        server.close()
-    assert receiver.problems == []
