@@ -137,6 +137,8 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: SamplingMessage
     format: FormatMessage
     local_prefill: bool = False
+    prefill_node: str = ""
+    """Who may present the ticket."""
     token_start: int = 0
     output_token_ids: list[int] = []
     text_offset: int = 0

@@ -27,7 +27,7 @@ from prfaas.common.errors import (
     TransferError,
 )
 from prfaas.common.identity import PeerIdentity
-from prfaas.common.kv_layout import KvLayout
+from prfaas.common.kv_layout import MAX_TENSORS_PER_LAYER, KvLayout
 from prfaas.common.log import get_logger
 from prfaas.common.metrics import TransportMetrics
 from prfaas.transport.api import KvAddress, KvReceiver, KvSender, LinkClock, LinkEstimate, TransferSpec
@@ -67,7 +67,7 @@ MAX_SPARE_SESSIONS = 4
 """To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
 each time. The one told longest ago makes room."""
 MAX_ACCEPTED_SESSIONS = 64
-"""Of one node; a session that has lost its lanes stays for `resume_s`, so that a node could fill our memory with them."""
+"""Of one node; one that has lost its lanes stays for `resume_s`, so that a node could fill our memory with them."""
 MAX_CODEC_THREADS = 8
 CLOSE_S = 1.0
 """How long lanes may take to say why they close."""
@@ -257,10 +257,11 @@ class KvEndpoint:
 
     # -- transfers
 
-    def receiver(self, spec: TransferSpec) -> tuple[str, KvReceiver]:
-        """A ticket to give to the prefill node, and the receiving half. `bind` it before the ticket goes out."""
+    def receiver(self, spec: TransferSpec, sender: str = "") -> tuple[str, KvReceiver]:
+        """A ticket to give to the prefill node, and the receiving half. `bind` it before the ticket goes out. `sender`:
+        the only node that may present the ticket; empty: any of the cluster."""
         now = time.monotonic()
-        ticket = self._book.issue(spec, now + self._config.ticket_s)
+        ticket = self._book.issue(spec, now + self._config.ticket_s, sender)
         receiver = TransferReceiver(
             spec,
             self.layout,
@@ -438,15 +439,16 @@ class KvEndpoint:
     def _admit(self, session: Session, number: int, body: Open) -> Opened:
         try:
             # With the name, which the secret vouches for: a session's id is whatever its dialler says.
-            spec = self._book.present(body.ticket, f"{session.peer} {session.id}", time.monotonic())
+            spec = self._book.present(body.ticket, f"{session.peer} {session.id}", time.monotonic(), session.peer)
             receiver = self._receivers.get(spec.transfer_id)
             if receiver is None:
                 raise TicketError("the ticket is void: its transfer has finished or was cancelled")
             problem = self._mismatch(spec, body)
         except TicketError as error:
-            return Opened(body.attempt, refused=str(error), kind="ticket")
+            return Opened(body.attempt, refused=str(error)[:MAX_REASON_CHARS], kind="ticket")
         if problem is None:
             return receiver.admit(session, number, body)
+        problem = problem[:MAX_REASON_CHARS]
         if not receiver.open:
             # Its ticket is with the one sender that there is, which can't send it: nobody else ever will.
             receiver.fail(TransferError(f"{session.peer} can't send this transfer: {problem}"), tell_peer=False)
@@ -462,7 +464,8 @@ class KvEndpoint:
         ):  # fmt: skip
             return "OPEN does not say the same as its ticket"
         if body.dtypes != self.layout.dtypes:
-            return f"the sender's KV is {body.dtypes}, this node's {self.layout.dtypes}; set engine.dtype alike"
+            theirs = dict(list(body.dtypes.items())[:MAX_TENSORS_PER_LAYER])
+            return f"the sender's KV is {theirs}, this node's {self.layout.dtypes}; set engine.dtype alike"
         return None
 
     # -- HELLO

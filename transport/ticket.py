@@ -38,6 +38,8 @@ class Claims(msgspec.Struct, frozen=True, omit_defaults=True):
     issuer: str
     expires_s: float
     shard: tuple[int, int, int, int | None] = (0, 1, 0, None)
+    sender: str = ""
+    """The node that may present it; empty: any of the cluster."""
 
     def spec(self) -> TransferSpec:
         return TransferSpec(
@@ -85,7 +87,7 @@ class TicketBook:
         self._issuer = issuer
         self._issued: dict[str, _Issued] = {}
 
-    def issue(self, spec: TransferSpec, expires_s: float) -> str:
+    def issue(self, spec: TransferSpec, expires_s: float, sender: str = "") -> str:
         shard = spec.shard
         body = msgspec.msgpack.encode(
             Claims(
@@ -100,18 +102,21 @@ class TicketBook:
                 issuer=self._issuer,
                 expires_s=expires_s,
                 shard=(shard.index, shard.count, shard.head_start, shard.head_end),
+                sender=sender,
             )
         )
         self._issued[spec.transfer_id] = _Issued(expires_s)
         mac = sign(self._key, body)
         return f"{base64.urlsafe_b64encode(body).decode()}.{base64.urlsafe_b64encode(mac).decode()}"
 
-    def present(self, ticket: str, session: str, now_s: float) -> TransferSpec:
+    def present(self, ticket: str, session: str, now_s: float, node: str = "") -> TransferSpec:
         """What the ticket permits. The first session that presents it in time owns it; later OPENs of that session
         are good, expired or not. Raises TicketError with what is wrong."""
         claims, body, mac = _split(ticket)
         if not verify(self._key, mac, body):
             raise TicketError("the ticket was not issued by this process (it may have restarted), or was altered")
+        if claims.sender not in ("", node):
+            raise TicketError(f"the ticket was issued for {claims.sender}, not for {node or 'this node'}")
         issued = self._issued.get(claims.transfer_id)
         if issued is None:
             raise TicketError("the ticket is void: its transfer has finished or was cancelled")

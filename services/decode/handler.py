@@ -196,7 +196,7 @@ class _Decode:
             model_fingerprint=info.model_fingerprint,
             layout_hash=info.layout.layout_hash,
         )
-        ticket, receiver = service.endpoint.receiver(spec)
+        ticket, receiver = service.endpoint.receiver(spec, call.prefill_node)
         addresses = [KvAddressMessage(a.host, a.port, a.rank) for a in service.endpoint.addresses]
         return TicketEvent(ticket, addresses, 0, end), receiver
 

@@ -349,6 +349,7 @@ class Dispatcher:
                 job.request.sampling,
                 job.format,
                 local_prefill=attempt.prefill is None,
+                prefill_node=attempt.prefill.name if attempt.prefill is not None else "",
                 timeout_s=max(0.0, job.deadline_s - self.now_s()),
             )
         )

@@ -241,3 +241,13 @@ def test_an_unsigned_or_altered_hello_is_refused(hello: Hello) -> None:
     """No MAC, another secret's, or one field changed."""
     with pytest.raises(PeerRefusedError, match="secret"):
         check(hello)
+
+
+def test_a_ticket_names_its_sender() -> None:
+    """Stolen by another node of the cluster it is worth nothing; without a name any may present it."""
+    book = TicketBook(b"k" * 32, "far")
+    ticket = book.issue(SPEC, 10.0, "near")
+    with pytest.raises(TicketError, match="issued for near"):
+        book.present(ticket, "other 1", 1.0, "other")
+    assert book.present(ticket, "near 1", 1.0, "near") == SPEC
+    assert book.present(book.issue(SPEC, 10.0), "other 1", 1.0, "other") == SPEC
