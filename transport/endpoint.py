@@ -67,7 +67,7 @@ MAX_SPARE_SESSIONS = 4
 """To one node, at different addresses and without transfers: one that starts anew again and again is somewhere else
 each time. The one told longest ago makes room."""
 MAX_ACCEPTED_SESSIONS = 64
-"""Of one node; a session that has lost its lanes stays for `resume_s`, so that a node could fill our memory with them."""
+"""Of one node; a session that has lost its lanes stays for `resume_s`, so a node could fill our memory with them."""
 MAX_CODEC_THREADS = 8
 CLOSE_S = 1.0
 """How long lanes may take to say why they close."""
