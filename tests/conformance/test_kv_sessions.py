@@ -216,7 +216,7 @@ def acceptor() -> Acceptor:
 async def test_an_old_session_that_is_unknown_does_not_end_the_new_one(acceptor: Acceptor) -> None:
     """A lane resumes a session; before the answer comes all other lanes die and a new session begins. The answer, that
     the old one is unknown, then says nothing of the new one."""
-    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+    async with pair(TcpBackend, dense(), lanes=2, resume_s=0.0) as p, acceptor.listening() as address:
         p.near.connect("raw", [address])
         (first, _), (second, _) = hellos = [await acceptor.hello() for _ in range(2)]
         acceptor.answer(*hellos[0])
