@@ -584,6 +584,8 @@ class SessionLink:
 
     async def usable(self) -> Session:
         assert self.session is not None
+        if not self.session.established:
+            raise LaneLostError(f"the session on which {self.peer} asked has ended")
         await self.session.wait_usable()
         return self.session
 

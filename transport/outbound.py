@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import NamedTuple
 
-from prfaas.common.errors import LaneLostError
+from prfaas.common.errors import EngineError
 from prfaas.common.kv_layout import TensorKind
 from prfaas.common.log import get_logger
 from prfaas.transport.channel import Outgoing
@@ -118,7 +118,7 @@ class Outbound:
         if job.cancelled() or (error := job.exception()) is not None:
             if not job.cancelled():
                 log.error("encoding failed", error=str(error))
-            sender.fail(LaneLostError("the encoder stopped"))
+            sender.fail(EngineError("the codec failed; the log of the sending side says more"))
         elif sender.active:
             header, payload, encode_s = job.result()
             self._speeds.encoded(codec.name, kind, len(cut.data), len(payload), encode_s)

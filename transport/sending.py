@@ -177,6 +177,8 @@ class TransferSender:
             )
             self.fail(stingy)
             raise stingy
+        if self._failed is not None:  # a CANCEL came in the same read as the answer
+            raise self._failed
         self._open = True
         self._state.opened(opened.credit_bytes)
         if self._session is not None:
