@@ -1,5 +1,5 @@
-"""Every conformance test runs over every backend under uvloop, which the services use; memory and plain TCP also under
-plain asyncio. UCX is one of them where it is installed (tests/transport says that it was skipped where it is not)."""
+"""Every conformance test runs over every backend under uvloop, which the services use; plain TCP also under plain
+asyncio. UCX is one of them where it is installed (tests/transport says that it was skipped where it is not)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Cal
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """TLS and UCX have threads or crypto of their own below the lane: a second loop would show nothing new."""
-    dropped = [item for item in items if "[asyncio-tls" in item.nodeid or "[asyncio-ucx" in item.nodeid]
+    """Of the other backends a second loop would show nothing new: memory has no sockets, TLS and UCX do their own work
+    below the lane."""
+    others = ("[asyncio-memory", "[asyncio-tls", "[asyncio-ucx")
+    dropped = [item for item in items if any(kind in item.nodeid for kind in others)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]

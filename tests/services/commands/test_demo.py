@@ -102,7 +102,7 @@ def test_json_is_one_object_with_the_promised_keys(demos: list[Demo]) -> None:
         assert layer["computed_s"] <= layer["sent_s"]
         assert layer["arrived_s"] <= layer["used_s"]
         assert layer["used_s"] <= told["ttft_s"] + 0.005  # the router's clock and the node's
-    assert told["kv_wire_bytes"] > told["kv_raw_bytes"] > 0
+    assert min(told["kv_wire_bytes"], told["kv_raw_bytes"]) > 0  # which is more, the codec decides
     assert told["layers_used_before_last_arrival"] >= 1
     assert demo.family() == set()
 
