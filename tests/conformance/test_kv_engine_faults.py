@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import pytest
 import structlog
@@ -138,7 +138,8 @@ async def test_an_on_layer_that_raises(
 
         transfer.receiver.bind(transfer.reserve, on_layer, transfer.errors.append)
         with structlog.testing.capture_logs() as logs:
-            await transfer.sender.open()
+            with suppress(TransferError):  # an empty layer fails right behind OPENED: `open` may tell already
+                await transfer.sender.open()
             transfer.put_all()
             await both_fail(transfer, "on_layer raised RuntimeError")
         assert traceback_logged(logs, "a bug in on_layer"), logs
