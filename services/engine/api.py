@@ -10,7 +10,7 @@ All instants are `time.monotonic()` seconds of the node's machine.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -183,6 +183,11 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why nothing can be computed any more, with the mend, or None. It is final: every request has failed, and
         `prefill` and `decode` raise EngineError with this text. Valid at any time."""
+        ...
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        """`callback` is called on the event loop's thread, once, as soon as `failure` is there. One callback; it is
+        given before `start`."""
         ...
 
     async def start(self) -> None:

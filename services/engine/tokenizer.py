@@ -60,13 +60,7 @@ def load_tokenizer(model_path: str) -> Tokenizer:
     if model_path == BYTES:
         return ByteTokenizer()
     directory = Path(model_path)
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError([f"no tokenizer: {file} does not exist; give a model directory or {BYTES!r}"])
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers package raises a bare Exception
-        raise ConfigError([f"{file} is not a tokenizer: {error}"]) from error
+    backend = _backend(directory)
     backend.no_truncation()
     backend.no_padding()
     config = _read_json(directory / "tokenizer_config.json")
@@ -74,7 +68,7 @@ def load_tokenizer(model_path: str) -> Tokenizer:
     _apply_bos_and_eos(backend, config, specials)
     return FileTokenizer(
         backend,
-        _eos_token_ids(directory, backend, specials),
+        read_eos_token_ids(directory),
         ChatTemplate(_template_source(directory, config), specials),
     )
 
@@ -190,6 +184,16 @@ def _check_unicode(text: str) -> None:
 # -- reading a model directory ----------------------------------------------------------------------------------------
 
 
+def _backend(directory: Path) -> tokenizers.Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError([f"no tokenizer: {file} does not exist; give a model directory or {BYTES!r}"])
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers package raises a bare Exception
+        raise ConfigError([f"{file} is not a tokenizer: {error}"]) from error
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     """{} when there is none."""
     if not file.is_file():
@@ -242,8 +246,9 @@ def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, specials: Mapping[str, str]) -> tuple[int, ...]:
-    """As `generate` finds them: generation_config.json, else config.json, else the tokenizer's own eos token."""
+def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """A model's end-of-sequence ids, for whoever asks: those of generation_config.json, else of config.json, else the
+    tokenizer's own eos token. Raises ConfigError for a file that is not JSON."""
     config = _read_json(directory / "config.json")
     text_config = config.get("text_config")
     for source in (_read_json(directory / "generation_config.json"), config, text_config):
@@ -252,7 +257,10 @@ def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, specials: Map
             return (value,)
         if isinstance(value, list) and value:
             return tuple(int(v) for v in value)
-    token = backend.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
+    eos = _special_tokens(_read_json(directory / "tokenizer_config.json")).get("eos_token")
+    if eos is None or not (directory / "tokenizer.json").is_file():
+        return ()
+    token = _backend(directory).token_to_id(eos)
     return () if token is None else (token,)
 
 

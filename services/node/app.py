@@ -69,6 +69,7 @@ class Node:
         """The engine loads its model, the KV endpoint listens. Raises ConfigError, ModelRefusedError."""
         config = self.config
         tokenizer = load_tokenizer(BYTES if config.engine.kind == "emulated" else config.engine.model)
+        self.engine.on_failure(self._beat_now)  # routers choose others from now on, not from the next beat on
         await self.engine.start()
         info = self.engine.info
         self.endpoint = KvEndpoint(
@@ -155,8 +156,7 @@ class Node:
         """Take nothing new, let what runs go on for `drain_s`, then cancel it."""
         self.draining = True
         self.leases.refuse_new()
-        for link in self._links:
-            link.beat_now()
+        self._beat_now()
         _log.info("draining", node=self.name, running=len(self.leases), drain_s=drain_s)
         try:
             await asyncio.wait_for(self.leases.none_left(), drain_s)
@@ -164,6 +164,10 @@ class Node:
             self._free(None, "drain")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.leases.none_left(), CLEAN_UP_S)
+
+    def _beat_now(self) -> None:
+        for link in self._links:
+            link.beat_now()
 
     def router_clock(self, router: str) -> LinkClock | None:
         """router_monotonic − ours, by the router's name."""

@@ -9,7 +9,7 @@ prefill and of output tokens takes its memory but is not written, since nobody e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from prfaas.common.config import EngineConfig
@@ -52,6 +52,9 @@ class EmulatedEngine:
         )
         self._prefills: set[PrefillJob] = set()
         self._decodes: set[DecodeJob] = set()
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        """It never fails."""
 
     async def start(self) -> None:
         # Touching a large arena takes seconds.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from prfaas.common.config import EngineConfig
@@ -32,6 +32,7 @@ class TransformersEngine:
         self._config = config
         self._desk: Desk | None = None
         self._failure: str | None = None
+        self._on_failure: Callable[[], None] = lambda: None
         self._lives: set[PrefillLife | DecodeLife] = set()
 
     @property
@@ -41,6 +42,9 @@ class TransformersEngine:
     @property
     def failure(self) -> str | None:
         return self._failure
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        self._on_failure = callback
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -73,6 +77,7 @@ class TransformersEngine:
         self._failure = f"the engine has stopped computing ({error or type(error).__name__}); restart this node"
         for life in list(self._lives):
             life.stream.fail(EngineError(self._failure))
+        self._on_failure()
 
     def prefill(self, request: PrefillRequest, transfers: Sequence[KvSender]) -> EventStream[PrefillEvent]:
         life = PrefillLife(self._alive(), request, transfers)

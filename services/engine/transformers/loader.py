@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from huggingface_hub import snapshot_download
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import ConfigError, ModelRefusedError
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, model_fingerprint
+from prfaas.services.engine.tokenizer import read_eos_token_ids
 from prfaas.services.engine.transformers import attention
 from prfaas.services.engine.transformers.families import LayerwiseModel, family_of
 from prfaas.services.engine.transformers.kv_memory import LAYOUT_DTYPES, TORCH_DTYPES
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 _HASH_BLOCK_BYTES = 1 << 20
@@ -63,7 +63,7 @@ def load(config: EngineConfig) -> LoadedModel:
         layout=layout,
         max_model_tokens=_max_model_tokens(config, model_config),
         vocabulary=model_config.vocab_size,
-        eos_token_ids=_eos_token_ids(directory, model_config),
+        eos_token_ids=read_eos_token_ids(directory),
     )
 
 
@@ -114,18 +114,6 @@ def _max_model_tokens(config: EngineConfig, model_config: Any) -> int:
     if config.max_model_tokens > own:
         raise ConfigError([f"engine.max_model_tokens = {config.max_model_tokens}: the model has {own} positions"])
     return config.max_model_tokens or own
-
-
-def _eos_token_ids(directory: Path, model_config: Any) -> tuple[int, ...]:
-    """Of generation_config.json, else of config.json."""
-    eos = None
-    if (directory / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
-    if eos is None:
-        eos = model_config.eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
 
 
 def _probe_layout(causal_lm: Any, dtype: str) -> KvLayout:

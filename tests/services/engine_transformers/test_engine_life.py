@@ -533,6 +533,8 @@ async def test_a_dead_thread_fails_everybody_at_once(engine: Any, monkeypatch: p
     """A bug between two steps ends the engine's thread: who waits hears of it, memory comes back, and the next request
     is refused with the mend instead of waiting for ever."""
     stepper = engine._desk.stepper
+    told: list[str | None] = []
+    engine.on_failure(lambda: told.append(engine.failure))
 
     def bug() -> None:
         raise RuntimeError("a bug")
@@ -547,5 +549,6 @@ async def test_a_dead_thread_fails_everybody_at_once(engine: Any, monkeypatch: p
                 pass
         await events.aclose()
     assert "a bug" in engine.failure
+    assert told == [engine.failure]
     with pytest.raises(EngineError, match="restart this node"):
         engine.decode(request(), [])

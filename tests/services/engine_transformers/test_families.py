@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from prfaas.common.config import EngineConfig
 from prfaas.common.errors import ConfigError, ModelRefusedError
 from prfaas.common.kv_layout import TensorKind
 from prfaas.services.engine.api import DecodeRequest
+from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.engine.transformers import loader
 from prfaas.services.engine.transformers.families import VERIFIED
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 # One token; shorter than a convolution; around the window (48) and the step (40); many steps.
 LENGTHS = [1, 2, 3, 5, 40, 41, 42, 49, 130, 301]
@@ -92,6 +96,22 @@ def test_fingerprint_names_the_weights(tiny_model: Callable[[str], Path], tmp_pa
     content[-1] ^= 1
     weights.write_bytes(content)
     assert loader.load(EngineConfig(model=str(copy))).fingerprint != first
+
+
+def test_the_engine_and_the_router_stop_at_the_same_tokens(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Where the configs name no end of sequence it is the tokenizer's own, not a default of transformers' class; where
+    they do it is theirs, one or a list."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), directory)
+    Tokenizer(WordLevel({"<s>": 0, "a": 1, "</s>": 7}, unk_token="<s>")).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((directory / "config.json").read_text())
+    del config["eos_token_id"]
+    for changes, expected in (({}, (7,)), ({"eos_token_id": [3, 4]}, (3, 4)), ({"eos_token_id": 5}, (5,))):
+        (directory / "config.json").write_text(json.dumps(config | changes))
+        loaded = loader.load(EngineConfig(model=str(directory)))
+        assert loaded.eos_token_ids == load_tokenizer(str(directory)).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,11 @@ class Cluster:
             engine=EngineConfig(**settings),
         )
 
-    async def node(self, role: str, name: str = "", **more: Any) -> Node:
+    async def node(
+        self, role: str, name: str = "", *, make_engine: type[EmulatedEngine] = EmulatedEngine, **more: Any
+    ) -> Node:
         config = self.config(role, name, **more)
-        node = await self._stack.enter_async_context(running_node(config, role, EmulatedEngine(config.engine)))
+        node = await self._stack.enter_async_context(running_node(config, role, make_engine(config.engine)))
         await self.router.saw(lambda beat: beat.node == node.name)
         return node
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -54,6 +54,17 @@ async def main(port, secret, call):
 
 asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
+
+
+class MortalEngine(EmulatedEngine):
+    """One that says of itself that it has failed."""
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        self._on_failure = callback
+
+    def fail(self, why: str) -> None:
+        self.failure = why
+        self._on_failure()
 
 
 @contextlib.asynccontextmanager
@@ -187,13 +198,14 @@ async def test_a_draining_node_takes_nothing_new(cluster: Any, router: Any, make
 
 
 async def test_a_node_whose_engine_has_failed_takes_nothing_new(cluster: Any, router: Any, make_call: Any) -> None:
-    """The next heartbeat tells the routers to choose others; until they know, calls of either role are refused with
+    """A heartbeat tells the routers at once to choose others; until they know, calls of either role are refused with
     Retry-After before their stream begins; /readyz says why."""
-    decode, prefill = await cluster.node("decode"), await cluster.node("prefill")
+    settings = {"make_engine": MortalEngine, "node": {"heartbeat_s": 30.0}}
+    decode, prefill = await cluster.node("decode", **settings), await cluster.node("prefill", **settings)
     call = make_call(b"a prompt")
     _, ticket = await cluster.decode(decode, call)
     for node in (decode, prefill):
-        node.engine.failure = "the engine has stopped computing (a bug); restart this node"
+        node.engine.fail("the engine has stopped computing (a bug); restart this node")
         await router.saw(lambda b, name=node.name: b.node == name and b.draining)
         async with cluster.session.get(f"{node.url}/readyz") as response:
             assert response.status == 503
