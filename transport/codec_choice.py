@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 
 from prfaas.common.config import TransportConfig, parse_lossy
 from prfaas.common.kv_layout import TensorKind
 from prfaas.common.metrics import TransportMetrics
 from prfaas.transport.codecs.api import Codec
-from prfaas.transport.codecs.choice import RAW_NAME, CodecSpeeds, choose
+from prfaas.transport.codecs.choice import RAW_NAME, CodecSpeeds, allowed_codecs, choose
 from prfaas.transport.codecs.registry import codec_by_name
 
 AUTO = "auto"
-LOSSLESS = ("lz4", "zstd")
-"""What `auto` may choose from where nothing lossy is allowed: the cheaper before the smaller."""
 PROBE_EVERY_S = 5.0
 PROBE_S = 0.2
 """While a codec is the limit, nothing shows what the link could carry: so long it is given raw chunks to show it."""
@@ -25,7 +24,7 @@ class CodecChoice:
 
     def __init__(self, config: TransportConfig, peer: str, speeds: CodecSpeeds, metrics: TransportMetrics) -> None:
         self._fixed = config.codec if config.codec != AUTO else None
-        self._allowed = _by_kind(config.lossy)
+        self._allowed = _allowed(config.lossy)
         self._threads = config.codec_threads
         self._peer = peer
         self._speeds = speeds
@@ -46,10 +45,9 @@ class CodecChoice:
 
     def agreed(self, peer_codecs: Sequence[str], peer_lossy: Sequence[str]) -> None:
         """What the peer's HELLO says that it decodes, and which lossy codecs it lets come to it."""
-        theirs = _by_kind(peer_lossy)
+        both = self._allowed & _allowed(peer_lossy)
         for kind in TensorKind:
-            both = [name for name in self._allowed[kind] if name in theirs[kind]]
-            self._candidates[kind] = tuple(name for name in (*LOSSLESS, *both) if name in peer_codecs)
+            self._candidates[kind] = allowed_codecs(kind, both, peer_codecs)
             if self._fixed is None and self._names[kind] not in self._candidates[kind]:
                 self._change(kind, RAW_NAME)  # at once: a new process of the peer may refuse what the old one took
         self._look_up()
@@ -91,12 +89,9 @@ class CodecChoice:
             self._gauge.labels(self._peer, str(kind), name).set(0)
 
 
-def _by_kind(lossy: Sequence[str]) -> dict[TensorKind, list[str]]:
-    allowed: dict[TensorKind, list[str]] = {kind: [] for kind in TensorKind}
+def _allowed(lossy: Sequence[str]) -> frozenset[tuple[TensorKind, str]]:
+    pairs = set()
     for entry in lossy:
-        try:
-            kind, codec = parse_lossy(entry)
-        except ValueError:
-            continue  # of a newer peer
-        allowed[kind].append(codec)
-    return allowed
+        with suppress(ValueError):  # of a newer peer
+            pairs.add(parse_lossy(entry))
+    return frozenset(pairs)

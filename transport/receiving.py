@@ -153,9 +153,9 @@ class TransferReceiver:
             raise ProtocolError("CHUNK of a transfer that got no credit")
         if chunk.codec != RAW and chunk.codec not in CODECS:
             raise ProtocolError(f"CHUNK with unknown codec {chunk.codec}")
+        placement = state.place(chunk, channel)
         if chunk.codec != RAW and not CODECS[chunk.codec].lossless:
             self._check_lossy(chunk)
-        placement = state.place(chunk, channel)
         if placement is Placement.DUPLICATE:
             self.report.duplicate_chunks += 1
             return None
@@ -172,9 +172,8 @@ class TransferReceiver:
 
     def _check_lossy(self, chunk: FrameHeader) -> None:
         name = CODECS[chunk.codec].name
-        known = chunk.layer < len(self.layout.layers) and chunk.tensor < len(self.layout.layers[chunk.layer].tensors)
-        if known and (self.layout.layers[chunk.layer].tensors[chunk.tensor].kind, name) not in self._lossy:
-            kind = self.layout.layers[chunk.layer].tensors[chunk.tensor].kind
+        kind = self.layout.layers[chunk.layer].tensors[chunk.tensor].kind
+        if (kind, name) not in self._lossy:
             raise ProtocolError(f"CHUNK in lossy codec {name}, which this side does not allow for {kind} tensors")
 
     def arrived(self, channel: Channel, event: ChunkArrived) -> None:

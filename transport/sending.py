@@ -384,8 +384,7 @@ class TransferSender:
             self._repeat += 1
             self._send_open(session)
         self._finish_if_due()
-        if self._session is not None:
-            self._session.sender_ready(self)
+        session.sender_ready(self)
 
     def _leave(self) -> None:
         if self._deadline is not None:
