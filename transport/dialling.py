@@ -115,6 +115,7 @@ class Dialler:
         self._set_lanes(config.lanes or min(FIRST_LANES, config.max_lanes))
         self._loop = asyncio.get_running_loop()
         self._wanted_s = now()
+        self._was_in_use = False
         self._idle_timer = self._loop.call_later(self._idle_s, self._look_if_idle)
         self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)
 
@@ -147,9 +148,11 @@ class Dialler:
     def _look_if_idle(self) -> None:
         """`on_idle` is called once, between one and two `idle_s` after the last use."""
         now = self._now()
-        if self.in_use:
+        in_use = self.in_use
+        if in_use or self._was_in_use:  # until some time since the last look, if it isn't any more
             self._wanted_s = now
-        left_s = self._wanted_s + self._idle_s - now
+        self._was_in_use = in_use
+        left_s = max(self._wanted_s, self.session.used_s) + self._idle_s - now
         if left_s > 0:
             self._idle_timer = self._loop.call_later(left_s, self._look_if_idle)
         else:

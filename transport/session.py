@@ -110,6 +110,8 @@ class Session:
         """Why the peer refused the last HELLO; None once a lane is up."""
         self.established = False
         """It has had a lane: the peer knows it, unless it is a new process."""
+        self.used_s = 0.0
+        """Monotonic; when the last transfer ended."""
         self._config = config
         self._egress = egress
         self._admit = admit
@@ -346,6 +348,7 @@ class Session:
         """No chunk of it leaves any more, except one that a lane has begun. Idempotent."""
         if self._senders.pop(sender.number, None) is None:
             return
+        self.used_s = time.monotonic()
         self.counters.flush()
         self.counters.moved_chunks.inc(sender.report.moved_chunks)
         self._outbound.remove(sender)
@@ -393,6 +396,7 @@ class Session:
             self._completed[number] = None
             if len(self._completed) > KEPT_TRANSFERS:
                 self._completed.popitem(last=False)
+        self.used_s = time.monotonic()
         self.counters.flush()
         for channel in self._channels.values():
             channel.connection.redirect(number)

@@ -12,6 +12,7 @@ import pytest
 import structlog
 from prfaas.common.errors import PeerRefusedError, TransferCancelledError
 from prfaas.transport.api import KvAddress
+from prfaas.transport.endpoint import KvEndpoint
 from prfaas.transport.frames import Error, FrameType, Hello, Ping, encode_control
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.tcp import TcpBackend
@@ -22,6 +23,7 @@ from tests.conformance.kv_harness import (
     SOON_S,
     FaultyBackend,
     MakeBackend,
+    Pair,
     RawLane,
     dense,
     hello_body,
@@ -134,24 +136,28 @@ async def test_a_session_is_not_closed_under_a_transfer(
     idle_s = 0.5 if kind == "ucx" else 0.1  # longer than lanes take to open
     async with pair(faulty, dense(), idle_s=idle_s) as p, contextlib.aclosing(p.endpoint("other")) as other:
         await other.start()
+        waiting = p.offer(spec_of(p.layout))  # at each moment there is one, or the test would race with the idle time
         await p.send()
-        lanes = len(faults[0].lanes)
-        for opened in (False, True):
-            transfer = p.offer(spec_of(p.layout))
-            if opened:
-                await transfer.sender.open()
-            before = len(faults[0].lanes)
-            p.near.connect("other", other.addresses)  # asked for later, and closed when that was too long ago
-            await faults[0].until_lost(lanes, after=before)
-            assert all(handler.open for handler in faults[0].lanes[:lanes])
-            if not opened:
-                await transfer.sender.open()
-            transfer.put_all()
-            await transfer.complete()
-        closed, dropped = p.offer(spec_of(p.layout)), p.offer(spec_of(p.layout))
-        await closed.sender.aclose()
+        lanes = faults[0].lanes[: p.config.lanes * 2]
+        await idle_time_passes(p, faults[0], other)
+        assert all(handler.open for handler in lanes)
+        opened, waiting = waiting, p.offer(spec_of(p.layout))
+        await opened.sender.open()
+        await waiting.sender.aclose()
+        dropped = p.offer(spec_of(p.layout))
         dropped.sender = None
-        await faults[0].until_lost(lanes)
+        await idle_time_passes(p, faults[0], other)
+        assert all(handler.open for handler in lanes)
+        opened.put_all()
+        await opened.complete()
+        await faults[0].until_lost(len(lanes))
+
+
+async def idle_time_passes(p: Pair, faults: FaultyBackend, other: KvEndpoint) -> None:
+    """A session that was asked for later than the one under test has been closed because nobody used it."""
+    before = len(faults.lanes)
+    p.near.connect("other", other.addresses)
+    await faults.until_lost(2 * p.config.lanes, after=before)
 
 
 async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backend: MakeBackend) -> None:
