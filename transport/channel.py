@@ -27,7 +27,7 @@ MAX_WRITE_BYTES = 1 << 20
 TURN_BYTES = 4 << 20
 """After so many bytes in one turn a channel lets the loop go on, even if the kernel would take more."""
 CLOSING_S = 1.0
-"""How long an ERROR frame may take to leave before the lane is aborted."""
+"""How long the rest of a chunk and an ERROR frame may take to leave before the lane is aborted."""
 
 MAX_QUEUED_BYTES = 8 << 20
 """Control frames that may wait for a lane; thousands of OPENs, the largest that are usual. A peer that makes us answer
@@ -82,6 +82,7 @@ class Channel:
         self._written_bytes = 0
         self._pump_scheduled = False
         self._ended = False
+        self._farewell: bytes | None = None
         self._reason = "closed by the other side"
 
     # -- LaneHandler
@@ -173,22 +174,17 @@ class Channel:
         self.close(str(error), code)
 
     def close(self, reason: str, code: str = "closing") -> None:
-        """Send ERROR and close; what has not begun is not sent. Idempotent."""
+        """Send ERROR and close; what has not begun is not sent, a chunk that has begun is. Idempotent."""
         if self._ended:
             return
         self._ended = True
         self._reason = reason
         self.connection.close()
         lane = self._lane
-        if lane is None:
-            return
-        if self._writing is None:
-            lane.write([encode_control(Error(code, reason[:MAX_REASON_CHARS]))])
-            lane.close()
+        if lane is not None:
+            self._farewell = encode_control(Error(code, reason[:MAX_REASON_CHARS]))
             self._loop.call_later(CLOSING_S, lane.abort)
-        else:
-            # In the middle of a chunk an ERROR frame would be taken for its payload.
-            lane.abort()
+            self._pump()
 
     def abort(self, reason: str) -> None:
         """Close without a word: the other side doesn't listen. Idempotent."""
@@ -210,8 +206,11 @@ class Channel:
     def _pump(self) -> None:
         lane = self._lane
         budget = TURN_BYTES
-        while lane is not None and not self._ended and lane.unsent_bytes == 0:
+        while lane is not None and not lane.closing and lane.unsent_bytes == 0:
             if not self._chunk_in_progress():
+                if self._ended:
+                    self._say_farewell(lane)
+                    return
                 if self._control:
                     control, self._control = self._control, []
                     self._queued_bytes = 0
@@ -225,6 +224,12 @@ class Channel:
                 if self._writing is None:
                     return
             budget -= self._write_piece(lane)
+
+    def _say_farewell(self, lane: Lane) -> None:
+        farewell, self._farewell = self._farewell, None
+        if farewell is not None:
+            lane.write([farewell])
+            self._loop.call_soon(lane.close)  # asyncio's transports end twice when `writable` closes them
 
     def _chunk_in_progress(self) -> bool:
         """Call with nothing unsent: a chunk that was written to its end has been sent."""

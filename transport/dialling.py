@@ -14,7 +14,7 @@ from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.connection import Control, Event
-from prfaas.transport.frames import Error, FrameHeader, Hello
+from prfaas.transport.frames import Error, FrameHeader, Hello, SignedHello
 from prfaas.transport.routes import SessionRoutes
 from prfaas.transport.sending import TransferSender
 from prfaas.transport.session import Session
@@ -33,22 +33,23 @@ LANES_S = 3.0
 
 log = get_logger("transport")
 
-MakeHello = Callable[[Session, int, bool], Hello]
-CheckAnswer = Callable[[Hello, Hello, Session, PeerIdentity | None], None]
-"""Of the answer, our HELLO, the peer that we meant, and whom its certificate names; raises PeerRefusedError."""
+MakeHello = Callable[[Session, int, bool], tuple[SignedHello, str]]
+"""And the nonce in it, which the answer must sign."""
+CheckAnswer = Callable[[SignedHello, str, Session, PeerIdentity | None], Hello]
+"""Of the answer, our nonce, the peer that we meant, and whom its certificate names; raises PeerRefusedError."""
 
 
 class Greeting:
     """The owner of a channel that we dialled, until the answer to HELLO is here."""
 
-    def __init__(self, accept: Callable[[Channel, Hello], None]) -> None:
+    def __init__(self, accept: Callable[[Channel, SignedHello], None]) -> None:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._accept = accept
 
     def lane_event(self, channel: Channel, event: Event) -> None:
         if not isinstance(event, Control) or self.accepted.done():
             return
-        if isinstance(event.body, Hello):
+        if isinstance(event.body, SignedHello):
             # At once, not when the task wakes: the peer's next frame may be in the same read.
             try:
                 self._accept(channel, event.body)
@@ -214,8 +215,8 @@ class Dialler:
     async def _dial(self, index: int) -> Channel:
         session, session_id = self.session, self.session.id
 
-        def accept(channel: Channel, answer: Hello) -> None:
-            self._check(answer, hello, session, channel.peer_identity)
+        def accept(channel: Channel, signed_answer: SignedHello) -> None:
+            answer = self._check(signed_answer, nonce, session, channel.peer_identity)
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)
@@ -225,7 +226,7 @@ class Dialler:
         channel = Channel(greeting, self._now, session.peer)
         channel.index = index
         address = self.address
-        hello = self._hello(session, index, session.established)
+        hello, nonce = self._hello(session, index, session.established)
         try:
             await self._routes.dial(index, address, channel)
             channel.send(hello)

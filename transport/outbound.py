@@ -17,7 +17,7 @@ from prfaas.transport.channel import Outgoing
 from prfaas.transport.codecs.api import ChunkForm, Codec, form_of
 from prfaas.transport.codecs.choice import RAW_NAME, CodecSpeeds
 from prfaas.transport.fairness import DeficitRoundRobin
-from prfaas.transport.frames import RAW, chunk_checksum, encode_chunk_header
+from prfaas.transport.frames import RAW, checksum, encode_chunk_header
 from prfaas.transport.sending import TransferSender
 from prfaas.transport.transfer import Cut
 
@@ -100,8 +100,8 @@ class Outbound:
             return None
         size = len(cut.data)
         self._speeds.encoded(RAW_NAME, tensor.kind, size, size, 0.0)
-        checksum = chunk_checksum(cut.data, *cut.place)
-        header = encode_chunk_header(sender.number, cut.sequence, cut.place, size, size, RAW, checksum, cut.copy)
+        check = checksum(cut.data, sender.number, cut.sequence)
+        header = encode_chunk_header(sender.number, cut.sequence, cut.place, size, size, RAW, check, cut.copy)
         return Outgoing(sender, cut, header, cut.data)
 
     def _encode(self, codec: Codec, sender: TransferSender, cut: Cut, form: ChunkForm) -> None:
@@ -141,8 +141,8 @@ def encode_chunk(codec: Codec, cut: Cut, form: ChunkForm, transfer: int) -> Enco
     payload = cut.data if wire is None else memoryview(wire)
     number = RAW if wire is None else codec.number
     lossless = wire is None or codec.lossless
-    checksum = chunk_checksum(cut.data if lossless else payload, *cut.place)
+    check = checksum(cut.data if lossless else payload, transfer, cut.sequence)
     header = encode_chunk_header(
-        transfer, cut.sequence, cut.place, len(cut.data), len(payload), number, checksum, cut.copy
+        transfer, cut.sequence, cut.place, len(cut.data), len(payload), number, check, cut.copy
     )
     return Encoded(header, payload, encode_s)

@@ -38,7 +38,7 @@ from prfaas.transport.frames import (
     FrameHeader,
     Open,
     Opened,
-    chunk_checksum,
+    checksum,
 )
 from prfaas.transport.transfer import TIME_RAN_OUT, Place, Placement, ReceivingTransfer, Standing, place_of
 from prfaas.transport.waiting import finish_despite_cancel
@@ -178,7 +178,7 @@ class TransferReceiver:
 
     def arrived(self, channel: Channel, event: ChunkArrived) -> None:
         """A CHUNK is here: in its place (raw), in a scratch buffer (encoded), or nowhere (a duplicate)."""
-        chunk, data, checksum = event
+        chunk, data, hashed = event
         assert self._state is not None
         assert self._session is not None
         self.report.wire_bytes += HEADER_BYTES + chunk.body_bytes
@@ -187,7 +187,7 @@ class TransferReceiver:
             return
         self._state.received(chunk)
         if chunk.codec == RAW:
-            self._checked(channel, chunk, checksum == chunk.checksum)
+            self._checked(channel, chunk, hashed == chunk.checksum)
         else:
             self._decode(channel, chunk, data)
 
@@ -371,4 +371,4 @@ def decode_chunk(
         return False, 0.0
     decode_s = time.thread_time() - started_s
     hashed = out if codec.lossless else wire
-    return chunk_checksum(hashed, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum, decode_s
+    return checksum(hashed, chunk.transfer, chunk.sequence) == chunk.checksum, decode_s

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import structlog
-from prfaas.common.errors import PeerRefusedError, TransferCancelledError
+from prfaas.common.errors import LaneLostError, PeerRefusedError, TransferCancelledError
 from prfaas.transport.api import KvAddress
 from prfaas.transport.endpoint import KvEndpoint
-from prfaas.transport.frames import Error, FrameType, Hello, Ping, encode_control
+from prfaas.transport.frames import Error, FrameHeader, FrameType, Hello, Ping, encode_control
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.ticket import TicketBook
@@ -171,6 +171,30 @@ async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backen
         assert len([entry for entry in logs if entry["event"] == "kv session closed"]) == 16, logs
         transfer.put_all()
         await transfer.complete()
+
+
+async def test_a_node_that_leaves_says_so_after_the_chunk_that_has_begun(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """In the middle of a chunk an ERROR would be taken for its bytes, and a lane that is only cut makes the other side
+    wait for the next one."""
+    async with pair(faulty, dense(1), lanes=1, chunk_bytes=4 << 20, credit_bytes=32 << 20, resume_s=60.0) as p:
+        transfer = p.offer(spec_of(p.layout, (0, 32768)))
+        await transfer.sender.open()
+        leaving: list[asyncio.Task[None]] = []
+
+        def leave(_header: FrameHeader) -> None:
+            if not leaving:
+                leaving.append(asyncio.create_task(p.near.aclose()))
+
+        faults[0].on_chunk = leave
+        transfer.put_all()
+        with pytest.raises(LaneLostError, match="lanes to near were lost: the node is shutting down"):
+            async with asyncio.timeout(SOON_S):
+                await transfer.receiver.finished()
+        await leaving[0]
+        await transfer.sender.aclose()
+        await transfer.receiver.aclose()
 
 
 # -- answers that come late -------------------------------------------------------------------------------------------
