@@ -68,6 +68,8 @@ class Channel:
         self.owner = owner
         self.peer = peer
         self.index = -1
+        self.retiring = False
+        """It takes no new chunks."""
         self.last_received_s = now()
         self.closed = asyncio.get_running_loop().create_future()
         self.acks: dict[int, tuple[list[int], list[int]]] = {}

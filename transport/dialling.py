@@ -121,12 +121,12 @@ class Dialler:
         self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)
 
     def _set_lanes(self, lanes: int) -> None:
-        """More are dialled at once; those too many are closed, and what is on them moves to the others."""
+        """More are dialled at once; those too many are closed once the peer has what is on them."""
         while len(self._tasks) < lanes:
             self._tasks.append(asyncio.create_task(self._keep(len(self._tasks))))
         while len(self._tasks) > lanes:
             self._tasks.pop().cancel()
-            self.session.close_lane(len(self._tasks), "fewer lanes are enough")
+            self.session.retire_lane(len(self._tasks))
 
     def _look_at_lanes(self) -> None:
         self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)

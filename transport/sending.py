@@ -318,6 +318,10 @@ class TransferSender:
         if self._readers == 0 and self._unread is not None and not self._unread.done():
             self._unread.set_result(None)
 
+    def is_on(self, channel: Channel) -> bool:
+        """A chunk that was begun on this lane has not been acknowledged."""
+        return any(lane is channel for lane, *_ in self._lane_of.values())
+
     def chunk_begun(self, channel: Channel, outgoing: Outgoing, now_s: float) -> None:
         self._lane_of[outgoing.cut.sequence] = (channel, HEADER_BYTES + len(outgoing.payload), now_s)
 

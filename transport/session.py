@@ -265,10 +265,17 @@ class Session:
         if not self._channels and (self._suspended is not None or self.established):
             self.end(reason)
 
-    def close_lane(self, index: int, reason: str) -> None:
+    def retire_lane(self, index: int) -> None:
+        """It takes no more chunks, and is closed when the peer has those that it took."""
         channel = self._channels.get(index)
         if channel is not None:
-            channel.close(reason, "lane")
+            channel.retiring = True
+            self._close_retired()
+
+    def _close_retired(self) -> None:
+        for channel in list(self._channels.values()):
+            if channel.retiring and not any(sender.is_on(channel) for sender in self._senders.values()):
+                channel.close("fewer lanes are enough", "lane")
 
     def channels(self) -> list[Channel]:
         return list(self._channels.values())
@@ -384,6 +391,7 @@ class Session:
         self.codecs.choose(estimate.bandwidth_bytes_per_s, codec_limited=limited, now_s=now)
         for sender in self._senders.values():
             sender.look_at_slack(estimate.bandwidth_bytes_per_s)
+        self._close_retired()
         for what in LINK_FIGURES:
             self._link_gauge.labels(self.peer, what).set(getattr(estimate, what))
 
@@ -411,6 +419,8 @@ class Session:
     # -- ChannelOwner: sending
 
     def next_outgoing(self, channel: Channel) -> Outgoing | None:
+        if channel.retiring:
+            return None
         now = time.monotonic()
         outgoing = self._outbound.next(len(self._channels)) if self._egress.may_send(self) else None
         if outgoing is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -195,6 +196,30 @@ async def test_a_node_that_leaves_says_so_after_the_chunk_that_has_begun(
         await leaving[0]
         await transfer.sender.aclose()
         await transfer.receiver.aclose()
+
+
+async def test_a_lane_too_many_is_closed_when_what_it_took_has_arrived(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """Closing one costs nothing: no chunk has to leave again on another."""
+    async with pair(faulty, dense(2), lanes=3, chunk_bytes=1 << 20, credit_bytes=8 << 20) as p:
+        transfer = p.offer(spec_of(p.layout, (0, 32768)))
+        await transfer.sender.open()
+        [dialler] = p.near._dialled.values()
+        chunks, retired = itertools.count(1), []
+
+        def fewer(_header: FrameHeader) -> None:
+            if next(chunks) == 5:
+                retired.extend(channel.closed for channel in dialler.session.channels() if channel.index)
+                dialler._set_lanes(1)
+
+        faults[0].on_chunk = fewer
+        transfer.put_all()
+        await transfer.complete()
+        assert transfer.sender.report.moved_chunks == 0
+        async with asyncio.timeout(SOON_S):
+            await asyncio.gather(*retired)
+        await p.send(seed=1)
 
 
 # -- answers that come late -------------------------------------------------------------------------------------------
