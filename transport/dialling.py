@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import PeerRefusedError, ProtocolError
@@ -64,10 +64,10 @@ class Greeting:
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         return None
 
-    def next_outgoing(self, channel: Channel) -> Outgoing | None:
-        return None
+    def next_outgoing(self, channel: Channel) -> Sequence[Outgoing]:
+        return ()
 
-    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
+    def chunks_sent(self, chunks: Sequence[Outgoing]) -> None:
         pass
 
     def lane_lost(self, channel: Channel, reason: str) -> None:

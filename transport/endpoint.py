@@ -657,10 +657,10 @@ class Greeter:
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         raise ProtocolError("CHUNK before HELLO")
 
-    def next_outgoing(self, channel: Channel) -> Outgoing | None:
-        return None
+    def next_outgoing(self, channel: Channel) -> Sequence[Outgoing]:
+        return ()
 
-    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
+    def chunks_sent(self, chunks: Sequence[Outgoing]) -> None:
         pass
 
     def lane_lost(self, channel: Channel, reason: str) -> None:

@@ -185,9 +185,12 @@ class TransferReceiver:
         if data is None:
             self._drained(channel, chunk)
             return
+        if chunk.codec == RAW and hashed == chunk.checksum:
+            self._good(channel, chunk, layer_complete=self._state.received_good(chunk))
+            return
         self._state.received(chunk)
         if chunk.codec == RAW:
-            self._checked(channel, chunk, hashed == chunk.checksum)
+            self._damaged(channel, chunk)
         else:
             self._decode(channel, chunk, data)
 
@@ -261,33 +264,36 @@ class TransferReceiver:
             # A job that could not run at all (the executor is gone) counts as damage: nothing arrived.
             good, decode_s = (False, 0.0) if job.cancelled() or job.exception() is not None else job.result()
             if good:
+                assert self._state is not None
                 self._speeds.decoded(CODECS[chunk.codec].name, kind, chunk.raw_bytes, decode_s)
-            self._checked(channel, chunk, good)
+                self._good(channel, chunk, layer_complete=self._state.arrived(chunk))
+            else:
+                self._damaged(channel, chunk)
         if self._decoding == 0 and self._decoded is not None and not self._decoded.done():
             self._decoded.set_result(None)
 
-    def _checked(self, channel: Channel, chunk: FrameHeader, good: bool) -> None:
-        assert self._state is not None
+    def _good(self, channel: Channel, chunk: FrameHeader, *, layer_complete: bool) -> None:
         assert self._session is not None
-        if not good:
-            self.damaged_chunks += 1
-            log.warning("kv chunk arrived damaged", request_id=self.spec.request_id, lane=channel.index)
-            self._session.counters.checksum_failures.inc()
-            try:
-                self._state.damaged(chunk)
-            except ChecksumError as error:
-                self.fail(error)
-                return
-            self._session.acknowledge(channel, self._number, chunk.sequence, damaged=True)
-            self._credit(channel)
-            return
-        layer_complete = self._state.arrived(chunk)
         self.report.raw_bytes += chunk.raw_bytes
         self._session.acknowledge(channel, self._number, chunk.sequence)
         self._credit(channel)
         if layer_complete:
             self._layer_complete(chunk.layer)
             self._complete_if_all_here()
+
+    def _damaged(self, channel: Channel, chunk: FrameHeader) -> None:
+        assert self._state is not None
+        assert self._session is not None
+        self.damaged_chunks += 1
+        log.warning("kv chunk arrived damaged", request_id=self.spec.request_id, lane=channel.index)
+        self._session.counters.checksum_failures.inc()
+        try:
+            self._state.damaged(chunk)
+        except ChecksumError as error:
+            self.fail(error)
+            return
+        self._session.acknowledge(channel, self._number, chunk.sequence, damaged=True)
+        self._credit(channel)
 
     def _credit(self, channel: Channel) -> None:
         assert self._state is not None

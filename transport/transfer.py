@@ -431,9 +431,17 @@ class ReceivingTransfer:
         del self._receiving[self._lane_of.pop(place)]
         self._checking.add(place)
 
+    def received_good(self, chunk: FrameHeader) -> bool:
+        """`received` and `arrived` in one, for a chunk that was checked as it came."""
+        del self._receiving[self._lane_of.pop(place_of(chunk))]
+        return self._consumed(chunk)
+
     def arrived(self, chunk: FrameHeader) -> bool:
         """A received chunk is in its place and its checksum matched. True: this completed its layer."""
         self._checking.discard(place_of(chunk))
+        return self._consumed(chunk)
+
+    def _consumed(self, chunk: FrameHeader) -> bool:
         self._consumed_bytes += chunk.raw_bytes
         self._missing[chunk.layer] -= chunk.raw_bytes
         if self._missing[chunk.layer]:
