@@ -30,6 +30,7 @@ FIRST_LANES = 4
 MIN_LANES = 2
 """With one lane its loss would stop the transfers."""
 LANES_S = 3.0
+"""As long as the window in which the link says what holds its lanes back: a change is judged by what it did."""
 
 log = get_logger("transport")
 

@@ -156,7 +156,6 @@ class Open(Body, frozen=True, omit_defaults=True):
     """Until the request's deadline; not an instant, since clocks differ."""
     repeat: int = 0
     """Of the same attempt, when lanes were lost and perhaps the answer with them: the answer is given again."""
-    reserved: dict[str, int] = {}
 
 
 class Opened(Body, frozen=True, omit_defaults=True):
@@ -236,7 +235,8 @@ class Pong(Body, frozen=True, omit_defaults=True):
 
 
 class Error(Body, frozen=True, omit_defaults=True):
-    """The last frame on a lane: why it is closed. code: hello_refused | unknown_session | protocol | closing."""
+    """The last frame on a lane: why it is closed. code: hello_refused | unknown_session | protocol |
+    closing (the whole session) | lane (this one only)."""
 
     code: str
     detail: str = ""

@@ -27,7 +27,7 @@ FIELD_BITS = (16, 8, 8, 16, 8, 8, 32, 32, 16, 16, 32, 64, 32, 32, 64, 64)  # as 
 HELLO_FIELDS = frames.Hello((1,), "near", "0" * 32, 0, 4, "f" * 32, 1000.0, "nonce", ("raw", "lz4"), ("a",), "here")
 BODIES = (
     frames.SignedHello(frames.encode_hello(HELLO_FIELDS), b"m" * 32),
-    frames.Open("ticket", 1, "0" * 32, 0, 700, 0, 1, 0, None, "f" * 32, "h" * 32, {"key": "bfloat16"}, 30.0, {"a": 1}),
+    frames.Open("ticket", 1, "0" * 32, 0, 700, 0, 1, 0, None, "f" * 32, "h" * 32, {"key": "bfloat16"}, 30.0, 1),
     frames.Opened(1, 65536),
     frames.Opened(2, no_room=True, retry_after_s=0.05),
     frames.Opened(3, refused="no", kind="ticket"),
@@ -182,7 +182,7 @@ class HostileFrames:
                 lambda: {"chunks": [1 << 40] * (room // 9 - 10)},
                 lambda: {"timings": {"computed_s": [1.5] * (room // 9 - 10)}},
                 lambda: {"timings": {f"{i:x}": 1.5 for i in range(room // 16)}},
-                lambda: {"reserved": {f"{i:x}": i for i in range(room // 9)}},
+                lambda: {"dtypes": {f"{i:x}": "" for i in range(room // 9)}},
                 lambda: {"versions": [1] * (room - 100)},
             )
         )()
