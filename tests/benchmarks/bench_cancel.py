@@ -1,7 +1,7 @@
 """How soon a client that leaves frees the decode node's memory and stops prefill. Real processes.
 
-    python tests/benchmarks/bench_cancel.py --runs 20
-    python tests/benchmarks/bench_cancel.py --engine transformers --model smollm2 --streams 4 --runs 10
+    python -m tests.benchmarks.bench_cancel --runs 20
+    python -m tests.benchmarks.bench_cancel --engine transformers --model smollm2 --streams 4 --runs 10
 
 Each run: some streams decode; a client leaves while its long prompt is being prefilled in the other region, then
 another one in the middle of its output. The bound is 100 ms plus the one-way delay, for each node. The nodes' own

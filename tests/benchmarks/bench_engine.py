@@ -1,4 +1,4 @@
-"""Figures of the transformers engine; run by hand:  python tests/benchmarks/bench_engine.py --model DIR
+"""Figures of the transformers engine; run by hand:  python -m tests.benchmarks.bench_engine --model DIR
 
 Prints one JSON object: decode tokens/s at batch 1 and 8 for contexts of 128 and 2,048 tokens; the longest gap of
 running streams while a request joins over a transfer and while a local prefill runs, against their median step.

@@ -1,6 +1,6 @@
 """Does a joining request hold up the streams that run? Real processes, the real model, the emulated WAN.
 
-    python tests/benchmarks/bench_join.py --model smollm2 --streams 4 --runs 5
+    python -m tests.benchmarks.bench_join --model smollm2 --streams 4 --runs 5
 
 Each run: some streams decode; then a long prompt is prefilled in the other region and joins. Prints one JSON object:
 the streams' median step, their longest gap while the prompt joined, and the bound 1.5 x median step + 20 ms.

@@ -1,6 +1,6 @@
 """How much of the transfer prefill hides, with the real model over the emulated WAN, at several link rates.
 
-    python tests/benchmarks/bench_overlap.py --rates 100,200,500,2000 --runs 5
+    python -m tests.benchmarks.bench_overlap --rates 100,200,500,2000 --runs 5
 
 For each rate, on one cluster: an answer with KV sent layer by layer and one with KV sent after prefill, in turn, since
 the machine's speed drifts by more than a short transfer takes; `--runs` such pairs. Prints one JSON object a rate;

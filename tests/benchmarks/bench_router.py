@@ -1,6 +1,6 @@
 """What the router costs: CPU a request and a relayed token, and what it adds to the time to first token.
 
-    python tests/benchmarks/bench_router.py [--requests 1600] [--tokens 64]
+    python -m tests.benchmarks.bench_router [--requests 1600] [--tokens 64]
 
 Everything is a real process on loopback: the router, a stub that plays a prefill and a decode node, and a bare aiohttp
 proxy in front of the same stub as the yardstick. Prompts are 512 token ids; the tokenizer's cost is printed beside.

@@ -1,7 +1,7 @@
 """How transfers share one session: a thousand at once, a small one beside a large one, and a receiver that stalls.
 
-    python tests/benchmarks/transport_fairness.py
-    python tests/benchmarks/transport_fairness.py --transfers 200 --lanes 1 --json
+    python -m tests.benchmarks.transport_fairness
+    python -m tests.benchmarks.transport_fairness --transfers 200 --lanes 1 --json
 
 Two processes over loopback; the sender is this one. Exits 1 when something that must hold does not:
 

@@ -1,8 +1,8 @@
 """Our transport beside its peers, in one run: the same bytes, from host memory to host memory, over loopback.
 
-    python tests/benchmarks/transport_peers.py --install            # brings the peers in first, about 600 MB
-    python tests/benchmarks/transport_peers.py --only prfaas,sockets,nixl --chunks 1024 --lanes 4 --json
-    python tests/benchmarks/transport_peers.py --faults
+    python -m tests.benchmarks.transport_peers --install            # brings the peers in first, about 600 MB
+    python -m tests.benchmarks.transport_peers --only prfaas,sockets,nixl --chunks 1024 --lanes 4 --json
+    python -m tests.benchmarks.transport_peers --faults
 
 Peers are installed on request only, each in an environment of its own outside the repository, versions pinned. In every
 repetition all of them take their turn, and ratios are taken repetition by repetition. Each repetition is two new
@@ -29,8 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import faults, kinds, report, running
 from prfaas.services.commands.bench_peers import kv_like
+
+from tests.benchmarks.peers import faults, kinds, report, running
 
 MIB = 1 << 20
 MEMORY_BYTES = 256 * MIB
