@@ -214,3 +214,6 @@ class KvAddress:
     host: str
     port: int
     rank: int = 0
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

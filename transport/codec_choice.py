@@ -70,7 +70,8 @@ class CodecChoice:
         before = self._names[kind]
         if name != before:
             self._names[kind] = name
-            self._gauge.labels(self._peer, str(kind), before).set(0)
+            with suppress(KeyError):  # another session to the peer has removed it
+                self._gauge.remove(self._peer, str(kind), before)
 
     def _probe(self, codec_limited: bool, now_s: float) -> bool:
         if codec_limited and now_s >= self._next_probe_s:
@@ -86,7 +87,8 @@ class CodecChoice:
     def forget(self) -> None:
         """The session is gone: so are its series."""
         for kind, name in self._names.items():
-            self._gauge.labels(self._peer, str(kind), name).set(0)
+            with suppress(KeyError):
+                self._gauge.remove(self._peer, str(kind), name)
 
 
 def _allowed(lossy: Sequence[str]) -> frozenset[tuple[TensorKind, str]]:

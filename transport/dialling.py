@@ -141,7 +141,7 @@ class Dialler:
     @property
     def in_use(self) -> bool:
         """By a transfer, or by a sender that was made and has not opened its transfer yet."""
-        return not self.session.idle or any(sender.number == 0 and sender.failed is None for sender in self.senders)
+        return not self.session.idle or any(sender.waits_to_open for sender in self.senders)
 
     def wanted(self) -> None:
         """A router lists the peer, or a ticket names it: the session is kept for `idle_s` from now."""
@@ -206,7 +206,7 @@ class Dialler:
                 log.warning(
                     "kv lane could not be opened; trying again",
                     peer=self.session.peer,
-                    address=f"{address.host}:{address.port}",
+                    address=str(address),
                     lane=index,
                     reason=str(problem) or type(problem).__name__,
                 )

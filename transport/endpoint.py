@@ -11,6 +11,7 @@ import ipaddress
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -118,7 +119,8 @@ class KvEndpoint:
         self._skew_s = clock_skew_s
         self._region = region
         self._nonces = NonceWindow(2 * clock_skew_s)
-        self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node)
+        self._epoch = secrets.token_hex(8)
+        self._book = TicketBook(secrets.token_bytes(KEY_BYTES), node, self._epoch)
         self._executor = ThreadPoolExecutor(config.codec_threads, thread_name_prefix="kv-codec")
         self._egress = EgressCap(config.egress_bytes_per_s)
         self._speeds = CodecSpeeds()
@@ -131,6 +133,8 @@ class KvEndpoint:
         """In order of arrival."""
         self._background: set[asyncio.Task[None]] = set()
         self._on_fetch: ServeFetch | None = None
+        self._fetched: weakref.WeakSet[TransferSender] = weakref.WeakSet()
+        """Made for other nodes' FETCHes."""
         self._accepted_lane = asyncio.Event()
         self._closed = False
 
@@ -252,9 +256,8 @@ class KvEndpoint:
 
     def clock(self, node: str) -> LinkClock | None:
         """Of the session to `node`, or None: no session, or no PONG yet."""
-        dialler = self._dialled_to(node)
-        session = dialler.session if dialler is not None else self.accepted_from(node)
-        return session.link_clock() if session else None
+        clocks = (session.link_clock() for session in self._sessions() if session.peer == node and session.usable)
+        return next((clock for clock in clocks if clock is not None), None)
 
     # -- transfers
 
@@ -282,10 +285,11 @@ class KvEndpoint:
 
         Raises TicketError when the text is no ticket or its model or layout is not this node's.
         """
-        spec = read_claims(ticket).spec()
+        claims = read_claims(ticket)
+        spec = claims.spec()
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
-        link = self._link_to_receiver(node) or self._link_to(node, addresses)
+        link = self._link_to_receiver(node, claims.epoch) or self._link_to(node, addresses, claims.epoch)
         sender = TransferSender(spec, ticket, self.layout, link, self._config.chunk_bytes, self._config.open_timeout_s)
         if isinstance(link, Dialler):
             link.senders.add(sender)
@@ -329,6 +333,7 @@ class KvEndpoint:
             link = SessionLink(session)
             config = self._config
             sender = TransferSender(spec, body.ticket, self.layout, link, config.chunk_bytes, config.open_timeout_s)
+            self._fetched.add(sender)
             try:
                 problem = self._on_fetch(FetchRequest(spec, body.prefix_hash, session.peer, body.remaining_s), sender)
             except Exception:
@@ -341,6 +346,8 @@ class KvEndpoint:
     def _fetch_problem(self, body: Fetch) -> str | None:
         if self._on_fetch is None:
             return "this node holds no prefixes for others"
+        if sum(sender.waits_to_open for sender in self._fetched) >= self._config.max_transfers:
+            return "too many fetches wait for their turn; transport.max_transfers"
         if not 1 <= len(body.prefix_hash) <= MAX_PREFIX_HASH_BYTES:
             return f"a prefix hash of {len(body.prefix_hash)} bytes"
         try:
@@ -354,28 +361,41 @@ class KvEndpoint:
         return None
 
     def link_estimates(self) -> dict[str, LinkEstimate]:
-        """What the sessions have measured of the way to each peer, by node; the newest session that is up."""
-        sessions = [*self._accepted.values(), *(dialler.session for dialler in self._dialled.values())]
-        return {session.peer: session.link_estimate() for session in sessions if session.usable}
+        """What the sessions that are up have measured of the way to each peer, by node: the newest that has carried
+        enough to know a bandwidth, else the newest."""
+        found: dict[str, LinkEstimate] = {}
+        for session in self._sessions():
+            if not session.usable:
+                continue
+            estimate = session.link_estimate()
+            known = found.get(session.peer)
+            if known is None or (estimate.bandwidth_bytes_per_s and not known.bandwidth_bytes_per_s):
+                found[session.peer] = estimate
+        return found
 
     # -- inside
 
-    def _link_to_receiver(self, node: str) -> Link | None:
+    def _sessions(self) -> list[Session]:
+        """The newest first, those that we dialled before those that peers did."""
+        dialled = [dialler.session for dialler in self._dialled.values()]
+        return [*reversed(dialled), *reversed(self._accepted.values())]
+
+    def _link_to_receiver(self, node: str, epoch: str) -> Link | None:
         """Where receivers dial: what `node` has dialled or will, since it may be out of reach from here. None: the
         usual way."""
         if self._config.dial == "sender":
             return None
-        accepted = self.accepted_from(node)
-        dialler = self._dialled_to(node)
+        accepted = self.accepted_from(node, epoch)
+        dialler = self._dialled_to(node, epoch)
         if dialler is None or (accepted is not None and accepted.usable):
-            return AcceptedLink(self, node)
-        return dialler if dialler.session.usable else FirstLink(self, dialler)
+            return AcceptedLink(self, node, epoch)
+        return dialler if dialler.session.usable else FirstLink(self, dialler, epoch)
 
-    def _link_to(self, node: str, addresses: Sequence[KvAddress]) -> Link:
-        accepted = self.accepted_from(node)
-        dialler = self._dialled_to(node)
+    def _link_to(self, node: str, addresses: Sequence[KvAddress], epoch: str = "") -> Link:
+        accepted = self.accepted_from(node, epoch)
+        dialler = self._dialled_to(node, epoch)
         if dialler is None and accepted is not None and (accepted.usable or not addresses):
-            return AcceptedLink(self, node)
+            return AcceptedLink(self, node, epoch)
         if addresses:
             # Told by the process that issued the ticket: an older session of the name may lead to its predecessor.
             return self._dial(node, addresses)
@@ -383,15 +403,24 @@ class KvEndpoint:
             raise TicketError(f"no session to {node} and no address to dial")
         return dialler
 
-    def _dialled_to(self, node: str) -> Dialler | None:
-        """The one told last among those that are up, or among all when none is."""
-        diallers = [dialler for (peer, _), dialler in reversed(self._dialled.items()) if peer == node]
+    def _dialled_to(self, node: str, epoch: str = "") -> Dialler | None:
+        """The one told last among those that are up, or among all when none is; not those that are known to lead to
+        another process than `epoch`."""
+        diallers = [
+            dialler
+            for (peer, _), dialler in reversed(self._dialled.items())
+            if peer == node and leads_to(epoch, dialler.session)
+        ]
         return next((d for d in diallers if d.session.usable), diallers[0] if diallers else None)
 
-    def accepted_from(self, node: str) -> Session | None:
-        """The session that `node` has dialled."""
+    def accepted_from(self, node: str, epoch: str = "") -> Session | None:
+        """The session that `node` has dialled: that process of it, if `epoch` says one."""
         # The newest: the lanes of an older one may be dead without our having noticed.
-        sessions = [session for (peer, _), session in reversed(self._accepted.items()) if peer == node]
+        sessions = [
+            session
+            for (peer, _), session in reversed(self._accepted.items())
+            if peer == node and leads_to(epoch, session)
+        ]
         return next((session for session in sessions if session.usable), sessions[0] if sessions else None)
 
     def _new_session(self, session_id: str, peer: str, on_ended: Callable[[Session], None]) -> Session:
@@ -491,11 +520,13 @@ class KvEndpoint:
             region=self._region,
             resume=resume,
             answer=answer,
+            epoch=self._epoch,
         )
 
     def _check_answer(self, body: SignedHello, nonce: str, session: Session, identity: PeerIdentity | None) -> Hello:
         answer = self._check(body, identity, expect_answer_to=nonce, expect_node=session.peer)
         session.codecs.agreed(answer.codecs, answer.lossy)
+        session.peer_epoch = answer.epoch
         return answer
 
     def _check(
@@ -539,6 +570,7 @@ class KvEndpoint:
                 return
             self._make_room_for_session_of(hello.node)
             session = self._new_session(hello.session, hello.node, self._accepted_ended)
+            session.peer_epoch = hello.epoch
             self._accepted[hello.node, hello.session] = session
             self._routes.accepted(hello.node, hello.features)
         answer = self._hello(hello.session, hello.lane, hello.lanes, answer=True)
@@ -560,10 +592,10 @@ class KvEndpoint:
             raise PeerRefusedError(f"{node} has {len(sessions)} sessions here, each with lanes; use or close those")
         without_lanes.end(f"{node} has begun {len(sessions)} other sessions since")
 
-    async def accepted_session(self, node: str) -> Session:
+    async def accepted_session(self, node: str, epoch: str = "") -> Session:
         """Wait until `node` has dialled us."""
         while True:
-            session = self.accepted_from(node)
+            session = self.accepted_from(node, epoch)
             if session is not None and session.usable:
                 return session
             await self._accepted_lane.wait()
@@ -594,26 +626,32 @@ class SessionLink:
         return self.session
 
 
+def leads_to(epoch: str, session: Session) -> bool:
+    """To that process, or nobody knows which."""
+    return session.peer_epoch in ("", epoch) or not epoch
+
+
 class AcceptedLink:
     """A `Link` to a node that dials us."""
 
-    def __init__(self, endpoint: KvEndpoint, node: str) -> None:
+    def __init__(self, endpoint: KvEndpoint, node: str, epoch: str) -> None:
         self._endpoint = endpoint
+        self._epoch = epoch
         self.peer = node
 
     @property
     def session(self) -> Session | None:
-        return self._endpoint.accepted_from(self.peer)
+        return self._endpoint.accepted_from(self.peer, self._epoch)
 
     async def usable(self) -> Session:
-        return await self._endpoint.accepted_session(self.peer)
+        return await self._endpoint.accepted_session(self.peer, self._epoch)
 
 
 class FirstLink(AcceptedLink):
     """A `Link` to a node that dials us, and that we are dialling: whichever comes first."""
 
-    def __init__(self, endpoint: KvEndpoint, dialler: Dialler) -> None:
-        super().__init__(endpoint, dialler.peer)
+    def __init__(self, endpoint: KvEndpoint, dialler: Dialler, epoch: str) -> None:
+        super().__init__(endpoint, dialler.peer, epoch)
         self._dialler = dialler
 
     async def usable(self) -> Session:

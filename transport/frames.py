@@ -135,6 +135,8 @@ class Hello(Body, frozen=True, omit_defaults=True):
     lossy: tuple[str, ...] = ()
     """`kind=codec`: what this side lets come to it, of tensors of that kind."""
     answer: bool = False
+    epoch: str = ""
+    """Which process it is of those that have the node's name, one after another or at once; tickets name it too."""
 
 
 class Open(Body, frozen=True, omit_defaults=True):

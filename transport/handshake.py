@@ -19,6 +19,7 @@ MAX_LANES = 64
 MAX_NAME_CHARS = 200
 MAX_NONCE_CHARS = 64
 """A million of them are remembered."""
+MAX_EPOCH_CHARS = 64
 _SESSION = re.compile(r"[0-9a-f]{32}")
 
 
@@ -61,6 +62,8 @@ def check_hello(
         raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
         raise PeerRefusedError("HELLO names no session or no node")
+    if len(hello.epoch) > MAX_EPOCH_CHARS:
+        raise PeerRefusedError(f"HELLO has an epoch of {len(hello.epoch)} characters; at most {MAX_EPOCH_CHARS}")
     problem = identity.problem(name=hello.node, roles=KV_ROLES) if identity is not None else None
     if problem is not None:
         raise PeerRefusedError(f"HELLO comes from {hello.node}, but {problem}")

@@ -288,6 +288,11 @@ class TransferSender:
         return self._open and self._failed is None and not self._closed
 
     @property
+    def waits_to_open(self) -> bool:
+        """It was made, and has neither sent OPEN nor failed: no session knows it yet."""
+        return self.number == 0 and self._failed is None
+
+    @property
     def next_bytes(self) -> int:
         return self._state.next_bytes if self.active else 0
 

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from typing import NamedTuple
@@ -115,6 +116,8 @@ class Session:
         """Why the peer refused the last HELLO; None once a lane is up."""
         self.established = False
         """It has had a lane: the peer knows it, unless it is a new process."""
+        self.peer_epoch = ""
+        """Which process of the peer's name it leads to."""
         self._near = False
         self.used_s = 0.0
         """Monotonic; when the last transfer ended."""
@@ -260,6 +263,10 @@ class Session:
         self._clock = ClockEstimator()
         self._link = LinkEstimator()
         self.established = False
+        self.peer_epoch = ""
+        for what in LINK_FIGURES:
+            with suppress(KeyError):  # never measured
+                self._link_gauge.remove(self.peer, what)
         self._on_ended(self)
 
     def close(self, reason: str) -> None:

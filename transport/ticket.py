@@ -40,6 +40,8 @@ class Claims(msgspec.Struct, frozen=True, omit_defaults=True):
     shard: tuple[int, int, int, int | None] = (0, 1, 0, None)
     sender: str = ""
     """The node that may present it; empty: any of the cluster."""
+    epoch: str = ""
+    """Which process of the issuer's name it was, as its HELLO says."""
 
     def spec(self) -> TransferSpec:
         return TransferSpec(
@@ -82,9 +84,10 @@ class _Issued:
 class TicketBook:
     """The tickets that one process has issued and not voided."""
 
-    def __init__(self, key: bytes, issuer: str) -> None:
+    def __init__(self, key: bytes, issuer: str, epoch: str = "") -> None:
         self._key = key
         self._issuer = issuer
+        self._epoch = epoch
         self._issued: dict[str, _Issued] = {}
 
     def issue(self, spec: TransferSpec, expires_s: float, sender: str = "") -> str:
@@ -103,6 +106,7 @@ class TicketBook:
                 expires_s=expires_s,
                 shard=(shard.index, shard.count, shard.head_start, shard.head_end),
                 sender=sender,
+                epoch=self._epoch,
             )
         )
         self._issued[spec.transfer_id] = _Issued(expires_s)

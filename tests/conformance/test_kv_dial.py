@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,6 +13,7 @@ from prfaas.common.errors import LaneLostError
 from prfaas.transport.api import KvAddress, KvSender
 from prfaas.transport.endpoint import KvEndpoint
 from prfaas.transport.fetching import FetchRequest
+from prfaas.transport.lanes import connecting
 
 from tests.conformance.kv_harness import (
     SOON_S,
@@ -150,4 +153,68 @@ async def test_lanes_that_die_are_dialled_again_by_the_receiver(
         for layer in range(1, 4):
             transfer.sender.put(transfer.pieces(layer))
         transfer.sender.finish({})
+        await transfer.complete()
+
+
+async def test_a_ticket_goes_to_the_process_that_issued_it_though_another_has_its_name(backend: MakeBackend) -> None:
+    """The node was started elsewhere while its old process lives on and dials too: the name alone does not say which
+    session leads to whom. One whose process has not dialled yet waits for it."""
+    async with behind_nat(backend) as p:
+        p.near.connect("far", p.far.addresses)
+        await p.send_back(seed=1)
+        old, new = p.near, Hidden(p.endpoint("near"))
+        await new.start()
+        try:
+            p.near = new
+            early = p.offer(spec_of(p.layout), sender=p.far)
+            opening = asyncio.create_task(early.sender.open())
+            p.near = old
+            await p.send_back(seed=2)
+            new.connect("far", p.far.addresses)
+            async with asyncio.timeout(SOON_S):
+                await opening
+            early.put_all()
+            await early.complete()
+            for seed in range(3, 6):
+                p.near = old if seed % 2 else new
+                await p.send_back(seed=seed)
+        finally:
+            p.near = old
+            await new.aclose()
+
+
+@asynccontextmanager
+async def blackhole() -> AsyncIterator[tuple[str, int]]:
+    """An address that answers no SYN: its queue of connections that nobody accepts is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.2", 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+async def test_an_address_of_a_name_that_leads_nowhere_keeps_no_lane_away(
+    backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a name's IPv6 address often does: the next is tried beside it, long before the time for a lane is over."""
+    async with pair(backend, dense(), open_timeout_s=60.0) as p, blackhole() as nowhere:
+        [here] = p.far.addresses
+
+        async def resolve(host: str, port: int, **_: object) -> list[object]:
+            assert host == "far.example"
+            found = [nowhere, (here.host, here.port)]
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in found]
+
+        monkeypatch.setattr(connecting, "resolve", resolve)
+        transfer = p.offer(spec_of(p.layout))
+        await transfer.sender.aclose()
+        transfer.sender = p.near.sender(transfer.ticket, "far", [KvAddress("far.example", here.port)])
+        async with asyncio.timeout(SOON_S):
+            await transfer.sender.open()
+        transfer.put_all()
         await transfer.complete()

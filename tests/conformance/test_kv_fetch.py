@@ -94,6 +94,29 @@ async def test_what_is_not_there_is_refused_with_its_reason(
         await p.send()
 
 
+async def test_what_waits_for_its_turn_is_bounded(backend: MakeBackend) -> None:
+    """A holder that opens late, or never, is not made to hold more of them than transfers may be open; those that end
+    make room."""
+    async with pair(backend, dense(), max_transfers=2) as p:
+        agreed: list[KvSender] = []
+
+        def serve(_request: FetchRequest, sender: KvSender) -> None:
+            agreed.append(sender)
+
+        p.far.on_fetch(serve)
+        transfers = [wanted(p) for _ in range(4)]
+        for transfer in transfers[:2]:
+            await p.near.fetch(transfer.ticket, PREFIX, "far", p.far.addresses)
+        with pytest.raises(PeerRefusedError, match=r"too many fetches wait.*max_transfers"):
+            await p.near.fetch(transfers[2].ticket, PREFIX, "far", p.far.addresses)
+        await agreed[0].aclose()
+        await p.near.fetch(transfers[3].ticket, PREFIX, "far", p.far.addresses)
+        for sender in agreed:
+            await sender.aclose()
+        for transfer in transfers:
+            await transfer.receiver.aclose()
+
+
 async def test_a_holder_that_raises_refuses(backend: MakeBackend) -> None:
     """Its log says more; the lane stays."""
 

@@ -32,6 +32,33 @@ from tests.conformance.kv_harness import (
     spec_of,
 )
 
+# -- what is told of links ----------------------------------------------------------------------------------------
+
+
+async def test_the_session_that_has_carried_something_tells_of_the_link(backend: MakeBackend) -> None:
+    """Beside a newer one to the same node that has not; when both are gone, nothing is told any more."""
+    async with pair(backend, dense(4), idle_s=60.0) as p:
+        await p.send(spec_of(p.layout, (0, 16384)))
+        measured = p.near.link_estimates()["far"]
+        assert measured.bandwidth_bytes_per_s > 0
+        p.far.connect("near", p.near.addresses)
+        await p.send_back(seed=1)
+        p.near.connect("far", [KvAddress("127.0.0.1", 9, rank=1)])
+        assert p.near.link_estimates()["far"].bandwidth_bytes_per_s > 0
+        assert p.near.clock("far") is not None
+
+        def series() -> list[object]:
+            gauges = (p.near.metrics.link, p.near.metrics.codec)
+            return [sample for gauge in gauges for metric in gauge.collect() for sample in metric.samples]
+
+        assert series()
+        for dialler in list(p.near._dialled.values()):
+            p.near._hang_up(dialler)
+        await p.far.aclose()
+        await asyncio.gather(*p.near._background)
+        assert series() == []
+
+
 # -- where a node is --------------------------------------------------------------------------------------------------
 
 
