@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import aiohappyeyeballs
 from aiohappyeyeballs import AddrInfoType
@@ -14,15 +16,21 @@ NEXT_ADDRESS_S = 0.25
 is, would use up all the time there is for a lane."""
 
 
-async def connect(host: str, port: int) -> socket.socket:
-    """Not blocking, connected. uvloop has no happy eyeballs of its own. Raises OSError."""
+async def way_to(host: str, port: int) -> dict[str, Any]:
+    """For `create_connection`: a connected `sock` where there was a choice, else `host` and `port`. uvloop has no happy
+    eyeballs of its own. Raises OSError."""
     addresses = await resolve(host, port)
+    if len(addresses) == 1:
+        # uvloop's `sock_connect` loses the interface of a link-local address, its `create_connection` does not.
+        return {"host": host, "port": port}
     try:
-        return await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S)
+        sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S)
     except RuntimeError as error:  # uvloop's word for some of them
         raise OSError(f"{host}:{port}: {error}") from error
+    return {"sock": sock}
 
 
 async def resolve(host: str, port: int) -> Sequence[AddrInfoType]:
     """Raises OSError."""
-    return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    return await asyncio.get_running_loop().run_in_executor(None, ask)

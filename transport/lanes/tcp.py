@@ -13,7 +13,7 @@ from prfaas.common.log import get_logger
 from prfaas.transport.lanes import tcp_info
 from prfaas.transport.lanes.api import Buffer, LaneHandler, LaneSample, Listener
 from prfaas.transport.lanes.congestion import WAN_RTT_S, LossWatch
-from prfaas.transport.lanes.connecting import connect
+from prfaas.transport.lanes.connecting import way_to
 
 if TYPE_CHECKING:
     from prfaas.transport.tls import Tls
@@ -52,8 +52,8 @@ class TcpBackend:
 
             await dial_tls(self._tls, self._tuning, host, port, handler)
             return
-        sock = await connect(host, port)
-        await asyncio.get_running_loop().create_connection(lambda: TcpLane(lambda: handler, self._tuning), sock=sock)
+        way = await way_to(host, port)
+        await asyncio.get_running_loop().create_connection(lambda: TcpLane(lambda: handler, self._tuning), **way)
 
 
 class _TcpListener:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from prfaas.common.errors import PeerRefusedError
 from prfaas.common.identity import KV_ROLES, NOBODY
 from prfaas.transport.lanes.api import Buffer, LaneHandler, Listener
-from prfaas.transport.lanes.connecting import connect
+from prfaas.transport.lanes.connecting import way_to
 from prfaas.transport.lanes.tcp import TcpLane, Tuning
 from prfaas.transport.lanes.tls_listener import CLOSE_NOTIFY_S, HANDSHAKE_S, TlsListener
 from prfaas.transport.tls import Tls, peer_identity, tls_problem
@@ -48,11 +48,11 @@ class _Listener:
 
 async def dial_tls(tls: Tls, tuning: Tuning, host: str, port: int, handler: LaneHandler) -> None:
     """Raises OSError; PeerRefusedError when the handshake fails: the certificates, or no TLS on the other side."""
-    sock = await connect(host, port)
+    way = await way_to(host, port)
     try:
         await asyncio.get_running_loop().create_connection(
             lambda: TlsLane(lambda: handler, tuning),
-            sock=sock,
+            **way,
             server_hostname=host,
             ssl=tls.client(roles=KV_ROLES),
             ssl_handshake_timeout=HANDSHAKE_S,

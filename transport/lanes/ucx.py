@@ -20,7 +20,7 @@ from prfaas.common.errors import ConfigError, PeerError, ProtocolError
 from prfaas.common.identity import PeerIdentity
 from prfaas.common.log import get_logger
 from prfaas.transport.lanes.api import Buffer, LaneHandler, Listener
-from prfaas.transport.lanes.connecting import connect
+from prfaas.transport.lanes.connecting import way_to
 from prfaas.transport.lanes.tcp import BACKLOG
 from prfaas.transport.lanes.ucx_binding import ucx_problem
 from prfaas.transport.lanes.ucx_thread import LINGER_S, News, Slot, Stream, UcxThread
@@ -86,10 +86,10 @@ class UcxBackend:
     async def dial(self, host: str, port: int, handler: LaneHandler) -> None:
         thread = await self.retain_thread()
         try:
-            sock = await connect(host, port)
+            way = await way_to(host, port)
             opened = asyncio.get_running_loop().create_future()
             _, lane = await asyncio.get_running_loop().create_connection(
-                lambda: UcxLane(self, thread, lambda: handler, opened), sock=sock
+                lambda: UcxLane(self, thread, lambda: handler, opened), **way
             )
             try:
                 await opened
