@@ -223,7 +223,7 @@ def save(profile: NodeProfile, path: Path) -> None:
 def shipped_names() -> list[str]:
     """What `shipped` takes."""
     files = resources.files("prfaas.common.perfmodel").joinpath("profiles").iterdir()
-    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json") and f.name[0] != "_")
+    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
 
 
 def shipped(name: str) -> NodeProfile:
