@@ -107,7 +107,9 @@ class Empirical:
         return float(self.lengths[-1])
 
     def share_above(self, thresholds: ArrayLike) -> Floats:
-        return np.clip(1.0 - self._up_to(self._shares, thresholds), 0.0, 1.0)
+        # Exactly 1 below all lengths and 0 above them, whatever the rounding: a planner divides by p and 1 − p.
+        share: Floats = self._from(self._shares, thresholds) / self._from(self._shares, -1.0)
+        return share
 
     def means(self, thresholds: ArrayLike) -> Halves:
         return self.means_of(lambda x: x, thresholds)

@@ -58,6 +58,7 @@ def test_measured_lengths_are_counted(sample: list[int], threshold: int) -> None
     for side, mean in ((above, halves.above), (below, halves.below)):
         assert float(mean) == pytest.approx(np.mean(side)) if side else np.isnan(mean)
     assert lengths.mean() == pytest.approx(np.mean(sample))
+    assert (float(lengths.share_above(-1)), float(lengths.share_above(np.inf))) == (1, 0)
 
 
 def test_a_histogram_counts_as_its_sample() -> None:
