@@ -66,6 +66,10 @@ class LengthDistribution(Protocol):
         """The length below which the share q of all lies, 0 ≤ q ≤ 1."""
         ...
 
+    def scaled(self, factor: float) -> LengthDistribution:
+        """Every length times `factor`, which is above 0."""
+        ...
+
 
 @dataclass(frozen=True)
 class Empirical:
@@ -131,6 +135,9 @@ class Empirical:
         index = np.searchsorted(np.cumsum(self._shares), q * (1 - 1e-12))
         return float(self.lengths[min(int(index), self.lengths.size - 1)])
 
+    def scaled(self, factor: float) -> Empirical:
+        return Empirical(self.lengths * factor, self._shares)
+
     def _up_to(self, values: Floats, thresholds: ArrayLike) -> Floats:
         sums = np.r_[0.0, np.cumsum(values)]
         result: Floats = sums[np.searchsorted(self.lengths, thresholds, side="right")]
@@ -192,6 +199,9 @@ class TruncatedLogNormal:
         bottom, top = (_NORMAL.cdf((math.log(x) - self.mu) / self.sigma) for x in (self.low, self.high))
         inner = min(max(bottom + q * (top - bottom), 1e-300), 1 - 1e-16)
         return min(max(math.exp(self.mu + self.sigma * _NORMAL.inv_cdf(inner)), self.low), self.high)
+
+    def scaled(self, factor: float) -> TruncatedLogNormal:
+        return TruncatedLogNormal(self.mu + math.log(factor), self.sigma, self.low * factor, self.high * factor)
 
     def _mass(self, a: ArrayLike, b: ArrayLike, k: int) -> Floats:
         """E[Lᵏ; a < L < b], without the truncation's norm."""

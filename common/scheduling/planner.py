@@ -164,6 +164,32 @@ def plan(
     return columns.plan(best[1], best[2], sum(pool.nodes for pool in offload))
 
 
+@dataclass(frozen=True, slots=True)
+class Legs:
+    """What bounds Λ at each threshold, for one split: the rates of the whole system, requests/s, at which each stage
+    would be full (equation 6). Arrays have one entry a threshold; inf where a stage gets no requests."""
+
+    thresholds: Floats
+    prfaas: Floats
+    pd_prefill: Floats
+    pd_decode: float
+
+
+def legs(
+    demand: Demand,
+    home: HomePool,
+    offload: Sequence[OffloadPool],
+    settings: PlannerSettings,
+    n_prefill: int,
+    grid: Floats,
+) -> Legs:
+    """For a plot of a plan: the three terms of equation 6 over the thresholds of `grid`. Raises as `plan` does."""
+    columns = _Columns(demand, home, offload, settings, batch_within(demand, home.profile, settings), grid)
+    pd_decode = (home.nodes - n_prefill) * columns.decode_node
+    pd_prefill = columns.pd_prefill_full_at(np.full(grid.size, float(n_prefill)))
+    return Legs(grid, columns.prfaas_full_at, pd_prefill, pd_decode)
+
+
 def thresholds(lengths: LengthDistribution, settings: PlannerSettings) -> Floats:
     """The grid: 0 (all are offloaded), multiples of the step between the shortest and longest length, inf (none)."""
     step = float(settings.threshold_step_tokens)

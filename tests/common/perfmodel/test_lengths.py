@@ -67,6 +67,14 @@ def test_a_histogram_counts_as_its_sample() -> None:
     assert [histogram.quantile(q) for q in (0, 0.75, 0.76, 1)] == [10, 10, 20, 20]
 
 
+@pytest.mark.parametrize("lengths", [PAPER, Empirical(np.array([5, 5, 9, 30.0]))])
+def test_a_scaled_distribution_has_scaled_means_and_quantiles(lengths: Empirical | TruncatedLogNormal) -> None:
+    longer = lengths.scaled(1.5)
+    assert longer.mean() == pytest.approx(1.5 * lengths.mean())
+    assert longer.quantile(0.7) == pytest.approx(1.5 * lengths.quantile(0.7))
+    assert float(longer.share_above(15)) == pytest.approx(float(lengths.share_above(10)))
+
+
 def test_quantiles_invert_the_share() -> None:
     for q in (0.01, 0.5, 0.9):
         assert float(PAPER.share_above(PAPER.quantile(q))) == pytest.approx(1 - q, abs=1e-9)
