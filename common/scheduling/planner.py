@@ -245,8 +245,10 @@ class _Columns:
 
     def __post_init__(self) -> None:
         lengths = self.demand.uncached
-        self.share = lengths.share_above(self.grid)
         self.means = lengths.means(self.grid)
+        # A share so small that it has no mean is none: it must not count as requests that nobody can serve.
+        share = np.where(np.isnan(self.means.above), 0.0, lengths.share_above(self.grid))
+        self.share = np.where(np.isnan(self.means.below), 1.0, share)
         self.prfaas = np.zeros(self.grid.size)
         self.prfaas_compute = np.zeros(self.grid.size)
         self.wire_bytes = []

@@ -21,6 +21,7 @@ from prfaas.common.scheduling.planner import (
     HomePool,
     OffloadPool,
     PlannerSettings,
+    legs,
     plan,
     require,
     thresholds,
@@ -154,6 +155,21 @@ def test_a_plan_names_the_stage_that_is_full(
     wanted, theta = used[made.bottleneck if made.bottleneck in used else "prfaas"]
     assert wanted == pytest.approx(theta)
     assert made.link_utilisation <= chosen.link_share * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("mode", ["time_of_mean", "mean_time"])
+def test_a_higher_threshold_moves_work_home(mode: str) -> None:
+    """Equation 7 has one solution: over all thresholds, up to the ends of the distribution, the rate at which the
+    prefill region is full rises and that of the home region falls."""
+    chosen = PlannerSettings(mode=mode)  # type: ignore[arg-type]
+    grid = np.concatenate(
+        (np.linspace(128, 140, 50), np.geomspace(150, 130_000, 200), np.linspace(131_000, 131_072, 50))
+    )
+    found = legs(PAPER_DEMAND, HomePool(H20, 8), PAPER_OFFLOAD, chosen, 3, grid)
+    # The 4,096 parts of the distribution make steps of up to a fiftieth of a percent.
+    assert (found.prfaas[1:] >= found.prfaas[:-1] * (1 - 1e-3)).all()
+    assert (found.pd_prefill[1:] <= found.pd_prefill[:-1] * (1 + 1e-3)).all()
+    assert found.pd_decode == pytest.approx(3.906, abs=0.001)
 
 
 # -- the link ---------------------------------------------------------------------------------------------------------
