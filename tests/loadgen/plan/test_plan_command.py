@@ -341,7 +341,9 @@ def test_an_infeasible_plan_says_what_is_missing(
 def test_a_mistake_is_one_line_with_what_is_wrong(
     flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in refused(capsys, *flags)
+    said = refused(capsys, *flags)
+    assert told in said
+    assert len(said.splitlines()) == (2 if "--prefill-profile" in flags else 1)  # two files, two mistakes
 
 
 @pytest.mark.parametrize(
