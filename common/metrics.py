@@ -5,7 +5,6 @@ A process makes one `Metrics` in its app.py and passes it down; nothing is regis
 
 from __future__ import annotations
 
-from prfaas.common import log
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -123,10 +122,6 @@ class Metrics:
         self.router = RouterMetrics(self.registry)
         self.node = NodeMetrics(self.registry)
         self.transport = TransportMetrics(self.registry)
-        lost = Gauge(
-            "prfaas_log_lost_lines", "Log lines that could not be written, since start", registry=self.registry
-        )
-        lost.set_function(log.lost_lines)
 
     def render(self) -> bytes:
         """The text that `/metrics` answers, of type CONTENT_TYPE."""

@@ -193,14 +193,7 @@ def write(path: Path, capture: KvCapture) -> None:
 
 
 def read(path: Path) -> KvCapture:
-    """Raises KvFileError in one line."""
-    try:
-        return _read(path)
-    except OSError as error:
-        raise KvFileError(f"{path}: {error.strerror or error}; make a KV file with prfaas capture-kv") from error
-
-
-def _read(path: Path) -> KvCapture:
+    """Raises KvFileError in one line, OSError."""
     with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
         header = _read_header(path, file)

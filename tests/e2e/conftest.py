@@ -75,8 +75,7 @@ class Process:
         return self._popen.poll() is None
 
     def tail(self, lines: int = 15) -> str:
-        text = self.log.read_text(errors="replace") if self.log.is_file() else f"(it writes to {self.log})"
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
 class Cluster:
@@ -86,16 +85,12 @@ class Cluster:
         self.folder, self.session = folder, session
         self.processes: dict[str, Process] = {}
         self.router_url = ""
-        self.log: Path | None = None
-        """Where all services write to, if not each to a file of its own."""
         secret = folder / "secret"
         secret.write_text("e2e-" + os.urandom(16).hex())
         self._secret = ["--secret-file", str(secret)]
 
     def _add(self, name: str, arguments: list[str], url: str) -> Process:
-        process = self.processes[name] = Process(
-            name, arguments, url, self.log if self.log and url else self.folder / f"{name}.log"
-        )
+        process = self.processes[name] = Process(name, arguments, url, self.folder / f"{name}.log")
         return process
 
     async def start(

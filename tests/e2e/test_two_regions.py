@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from pathlib import Path
 
 import aiohttp
 import pytest
@@ -166,21 +165,6 @@ async def test_restarted_router_finds_its_nodes_again(cluster):
         )
     )
     assert (await cluster.complete(PROMPT, 4))["headers"]["x-prfaas-reason"] == "offloaded"
-
-
-async def test_a_full_disk_for_logs_costs_the_logs_only(cluster):
-    """Every service writes to a device that is full: requests, fallbacks and the end are as ever, nobody keeps the
-    lines, and the metrics tell how many were lost."""
-    cluster.log = Path("/dev/full")
-    await cluster.start(FAST, [*ROUTER, "--log-level", "debug"], prefill=["--log-level", "debug"])
-    remote = await cluster.complete(PROMPT, 12)
-    assert remote["headers"]["x-prfaas-reason"] == "offloaded"
-    cluster.processes["prefill"].kill()  # which the others warn of
-    local = await cluster.complete(PROMPT, 12)
-    assert local["choices"][0]["text"] == remote["choices"][0]["text"]
-    for name in ("router", "decode"):
-        await cluster.wait_for(lambda m: m["prfaas_log_lost_lines"][""] > 0, name)
-        assert cluster.processes[name].stop() == 0
 
 
 async def test_sigterm_ends_every_service_cleanly(cluster):

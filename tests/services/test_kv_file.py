@@ -73,13 +73,6 @@ def test_a_foreign_file_is_told_so_with_the_mend(tmp_path: Path) -> None:
         kv_file.read(tmp_path / "notes.txt")
 
 
-def test_a_file_that_is_not_there_is_told_with_the_mend(tmp_path: Path) -> None:
-    """Nor is a folder one."""
-    for path, why in ((tmp_path / "none.kv", "No such file or directory"), (tmp_path, "Is a directory")):
-        with pytest.raises(KvFileError, match=f"{path}: {why}; make a KV file with prfaas capture-kv"):
-            kv_file.read(path)
-
-
 def test_a_changed_byte_of_kv_is_found(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-7] ^= 1
