@@ -170,9 +170,10 @@ def test_ctrl_c_is_quiet() -> None:
 
 
 def _prfaas(arguments: str, streams: str) -> subprocess.CompletedProcess[str]:
-    """In a shell, that can also close a stream."""
+    """In a shell, that can also close a stream; output is buffered, as it is by default."""
     command = f"'{sys.executable}' -m prfaas.services {arguments} {streams}"
-    return subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-"])
