@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TextIO, cast
 
 import msgspec
 import structlog
@@ -16,18 +17,46 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 SECRET_WORDS = ("secret", "api_key", "authorization", "ticket", "mac")
 
 
-def configure(level: str = "info", format: str = "json") -> None:
-    """Send structlog and the standard library's warnings to stderr. Called from `__main__` only."""
+class LineFile(Protocol):
+    """A text stream that counts what it could not take."""
+
+    lines_dropped: int
+
+    def write(self, line: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
+_file: LineFile | None = None
+
+
+def configure(
+    level: str = "info", format: str = "json", open_file: Callable[[Callable[[int, str], str]], LineFile] | None = None
+) -> None:
+    """Send structlog and the standard library's warnings to stderr. Called from `__main__` only.
+
+    `open_file`: makes the stream to write to instead, from a function that makes the line that tells of dropped ones
+    (how many, why). Services give one that neither raises nor blocks (`services/log_file.py`).
+    """
+    global _file
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     renderer: Any = (
         structlog.processors.JSONRenderer(serializer=_json)
         if format == "json"
         else structlog.dev.ConsoleRenderer(colors=False)
     )
+
+    def say_dropped(lines: int, reason: str) -> str:
+        event = {"event": "log lines were lost", "level": "error", "part": "log", "lines": lines, "reason": reason}
+        return f"{renderer(None, 'error', stamp(None, 'error', event))}\n"
+
+    _file = open_file(say_dropped) if open_file is not None else None
+    stream = cast(TextIO, _file) if _file is not None else sys.stderr
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            stamp,
             structlog.processors.StackInfoRenderer(),
             structlog.processors.format_exc_info,
             hide_secrets,
@@ -35,11 +64,16 @@ def configure(level: str = "info", format: str = "json") -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         # Unlike PrintLogger it hands over the line and its end in one write.
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
         cache_logger_on_first_use=True,
     )
     # Libraries (aiohttp, asyncio) speak through the standard library: warnings and worse, in one plain line.
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, stream=stream, format="%(levelname)s %(name)s %(message)s")
+
+
+def lines_dropped() -> int:
+    """Lines that this process's log could not take since its start; 0 where nobody counts."""
+    return _file.lines_dropped if _file is not None else 0
 
 
 def hide_secrets(_logger: Any, _method: str, event: Any) -> Any:

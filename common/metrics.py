@@ -5,7 +5,12 @@ A process makes one `Metrics` in its app.py and passes it down; nothing is regis
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from prfaas.common import log
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -114,6 +119,17 @@ class TransportMetrics:
         )
 
 
+class _LogMetrics(Collector):
+    """The log is the process's, not an app's: what it has counted is asked for."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "prfaas_log_lines_dropped",
+            "Log lines that could not be written: no room, or nobody read them in time",
+            value=log.lines_dropped(),
+        )
+
+
 class Metrics:
     """All of them, on one registry of their own."""
 
@@ -122,6 +138,7 @@ class Metrics:
         self.router = RouterMetrics(self.registry)
         self.node = NodeMetrics(self.registry)
         self.transport = TransportMetrics(self.registry)
+        self.registry.register(_LogMetrics())
 
     def render(self) -> bytes:
         """The text that `/metrics` answers, of type CONTENT_TYPE."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from prfaas.common.errors import ConfigError, PrfaasError, UsageError
 
@@ -138,18 +141,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 called or configured wrongly, 130 interrupted."""
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        return 0 if arguments else EXIT_USAGE
-    if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        sys.stdout.write(f"prfaas {version('prfaas')}\n")
-        return 0
-    name = arguments[0]
+    name = arguments[0] if arguments else ""
     try:
-        return _command(name)(arguments[1:])
+        status = _run(arguments)
+        # Else a full disk shows at exit only, as a traceback.
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         return _failed(name, error.problems, EXIT_USAGE)
     except UsageError as error:
@@ -161,13 +160,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _failed(name, [f"{error.name} is not installed; the mend: pip install 'prfaas[torch]'"], EXIT_FAILURE)
     except BrokenPipeError:
-        # The reader of our output went away; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_FAILURE
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _discard_output()
         return _failed(name, [str(error)], EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        sys.stdout.write(f"prfaas {version('prfaas')}\n")
+        return 0
+    return _command(arguments[0])(arguments[1:])
+
+
+def _open_closed_streams() -> None:
+    """Or the first socket takes the place of a standard error that the caller has closed, and a peer gets the log."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the process ends
+
+
+def _discard_output() -> None:
+    """What is still buffered can't be written; Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
@@ -180,8 +204,9 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _failed(name: str, problems: Sequence[str], status: int) -> int:
-    for problem in problems:
-        sys.stderr.write(f"prfaas {name}: {problem}\n")
+    with contextlib.suppress(OSError):  # the status says it, too
+        for problem in problems:
+            sys.stderr.write(f"prfaas {name}: {problem}\n")
     return status
 
 

@@ -227,30 +227,36 @@ def _read_header(path: Path, file: IO[bytes]) -> Header:
     if version != VERSION:
         raise KvFileError(f"{path} has format version {version}, this prfaas reads {VERSION}; capture again")
     if header_bytes > MAX_HEADER_BYTES:
-        raise KvFileError(f"{path}: its header announces {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raise KvFileError(
+            f"{path}: its header announces {header_bytes} bytes, more than {MAX_HEADER_BYTES}; capture again"
+        )
     body = file.read(header_bytes)
     if len(body) < header_bytes:
         raise KvFileError(f"{path} ends early: inside its header; capture again")
     try:
         return msgspec.json.decode(body, type=Header)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise KvFileError(f"{path}: its header is wrong: {error}") from None
+        raise KvFileError(f"{path}: its header is wrong: {error}; capture again") from None
 
 
 def _checked(path: Path, header: Header) -> tuple[KvLayout, int]:
     """Everything that the header announces, bounded before memory is taken for it."""
     ids = header.prompt_token_ids
     if not 2 <= len(ids) <= MAX_TOKENS:
-        raise KvFileError(f"{path}: its header is wrong: {len(ids)} prompt tokens, not from 2 to {MAX_TOKENS}")
+        raise KvFileError(
+            f"{path}: its header is wrong: {len(ids)} prompt tokens, not from 2 to {MAX_TOKENS}; capture again"
+        )
     if not all(0 <= token <= _MAX_ID for token in (*ids, *header.following_token_ids)):
-        raise KvFileError(f"{path}: its header is wrong: a token id is not from 0 to {_MAX_ID}")
+        raise KvFileError(f"{path}: its header is wrong: a token id is not from 0 to {_MAX_ID}; capture again")
     try:
         layout = KvLayout.from_dict(header.layout)
         tokens = TokenRange(0, len(ids) - 1)
         kv_bytes = layout.total_bytes(tokens)
         whole = all(isinstance(n, int) for layer in layout.layers for t in layer.tensors for n in (t.heads, *t.dims))
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KvFileError(f"{path}: its header is wrong: layout: {error!r}") from None
+        raise KvFileError(f"{path}: its header is wrong: layout: {error!r}; capture again") from None
     if not whole or not 1 <= kv_bytes <= MAX_KV_BYTES:
-        raise KvFileError(f"{path}: its header is wrong: layout of {kv_bytes} bytes, not from 1 to {MAX_KV_BYTES}")
+        raise KvFileError(
+            f"{path}: its header is wrong: layout of {kv_bytes} bytes, not from 1 to {MAX_KV_BYTES}; capture again"
+        )
     return layout, kv_bytes

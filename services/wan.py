@@ -374,11 +374,12 @@ class Wan:
         if not self._told_exhausted:
             self._told_exhausted = True
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            sys.stderr.write(
-                f"wan: {error.strerror}: connections wait until others end; each takes two of {limit} descriptors "
-                "(ulimit -n)\n"
-            )
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # a full disk is no reason to carry nothing any more
+                sys.stderr.write(
+                    f"wan: {error.strerror}: connections wait until others end; each takes two of {limit} descriptors "
+                    "(ulimit -n)\n"
+                )
+                sys.stderr.flush()
 
     async def _dial(
         self, client: socket.socket, reserved: int, target: tuple[str, int], lines: tuple[Line, Line]
@@ -492,8 +493,9 @@ async def run(settings: WanSettings, forward: Sequence[Forward], backward: Seque
     wan = Wan(settings)
     ports = [await wan.listen(*listen, target) for listen, target in forward]
     ports += [await wan.listen(*listen, target, backward=True) for listen, target in backward]
-    sys.stdout.write(f"READY {json.dumps({'ports': ports})}\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # on a full disk it carries on
+        sys.stdout.write(f"READY {json.dumps({'ports': ports})}\n")
+        sys.stdout.flush()
     await stop.wait()
     wan.close()
 

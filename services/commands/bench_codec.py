@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EXACT = "raw"
 """The control: the same KV once more. What it differs from the reference is the measurement's own noise."""
+MAKE_ONE = "make one with prfaas capture-kv --out FILE"
 HELP = """\
 Codecs on KV of the real model, on one core, in turns with plain zstd-1 over the same byte planes; and, for lossy ones,
 what the model then says differently. greedy: share of equal tokens when it writes on by itself. top1, KL, perplexity:
@@ -78,14 +80,12 @@ def chosen_codecs(names: str) -> list[Codec]:
 
 
 def run(options: argparse.Namespace, codecs: Sequence[Codec], progress: Progress) -> dict[str, Any]:
-    from prfaas.services import kv_file
-
     model: OfflineModel | None = None
     lossy = [codec for codec in codecs if not codec.lossless]
     if options.kv:
         if options.text or options.prompt or options.tokens:
             raise UsageError("--kv has its own prompt: leave out --text, --prompt and --tokens")
-        capture = kv_file.read(Path(options.kv))
+        capture = read_capture(options.kv)
     else:
         text = read_text(options.text) if options.text else options.prompt
         model = load_model(options.model, progress)
@@ -100,6 +100,21 @@ def run(options: argparse.Namespace, codecs: Sequence[Codec], progress: Progress
         assert model is not None
         add_effects(report, options, lossy, capture, model, progress)
     return report
+
+
+def read_capture(file_name: str) -> KvCapture:
+    """Raises UsageError for what is no file, can't be read, or isn't (whole) KV."""
+    from prfaas.services import kv_file
+
+    path = Path(file_name)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(f"--kv {path}: not a file; {MAKE_ONE}")
+        return kv_file.read(path)
+    except OSError as error:
+        raise UsageError(f"--kv {path}: {error.strerror}; {MAKE_ONE}") from None
+    except kv_file.KvFileError as error:
+        raise UsageError(f"--kv {error}") from None
 
 
 def measure_speed(

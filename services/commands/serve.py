@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from prfaas.common import log
 from prfaas.common.config import FLAG_ALIASES, ROUTER_FLAG_ALIASES, Config
 from prfaas.common.errors import ConfigError
 from prfaas.services.commands.flags import parse_config_command
+from prfaas.services.log_file import STDERR, LogFile
 from prfaas.services.model_store import PACKAGED, ensure_model, find_model
 
 BYTES = "bytes"
@@ -29,7 +31,7 @@ def router(argv: Sequence[str]) -> int:
     config = with_router_model(config)
     from prfaas.services.router.app import serve
 
-    log.configure(config.log.level, config.log.format)
+    log.configure(config.log.level, config.log.format, partial(LogFile, STDERR))
     serve(config)
     return 0
 
@@ -46,7 +48,7 @@ def node(role: Literal["prefill", "decode"], argv: Sequence[str]) -> int:
     config = with_engine_model(config)
     from prfaas.services.node.app import serve
 
-    log.configure(config.log.level, config.log.format)
+    log.configure(config.log.level, config.log.format, partial(LogFile, STDERR))
     serve(config, role)
     return 0
 

@@ -75,6 +75,8 @@ class Process:
         return self._popen.poll() is None
 
     def tail(self, lines: int = 15) -> str:
+        if not self.log.is_file():
+            return f"(its log is {self.log})"
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
@@ -83,6 +85,8 @@ class Cluster:
 
     def __init__(self, folder: Path, session: aiohttp.ClientSession) -> None:
         self.folder, self.session = folder, session
+        self.logs_to: dict[str, Path] = {}
+        """Where a process's output goes, if not to a file of its own."""
         self.processes: dict[str, Process] = {}
         self.router_url = ""
         secret = folder / "secret"
@@ -90,7 +94,9 @@ class Cluster:
         self._secret = ["--secret-file", str(secret)]
 
     def _add(self, name: str, arguments: list[str], url: str) -> Process:
-        process = self.processes[name] = Process(name, arguments, url, self.folder / f"{name}.log")
+        process = self.processes[name] = Process(
+            name, arguments, url, self.logs_to.get(name, self.folder / f"{name}.log")
+        )
         return process
 
     async def start(

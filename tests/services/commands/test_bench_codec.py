@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,14 @@ def test_help_fits_a_screen_and_has_an_example(command: list[str], capsys: pytes
         (["capture-kv", "--out", "a.kv", "--model", "/no/such/model"], 1, "no such directory"),
         (["bench"], 2, "link | codec"),
         (["bench", "codec", "--codecs", "zstd,mp3"], 2, "'mp3' is no codec; the codecs are lz4, zstd"),
-        (["bench", "codec", "--kv", "/no/such/file.kv"], 1, "/no/such/file.kv"),
-        (["bench", "codec", "--kv", __file__], 1, "is not a KV file; make one with prfaas capture-kv"),
+        (
+            ["bench", "codec", "--kv", "/nope"],
+            2,
+            "--kv /nope: No such file or directory; make one with prfaas capture-kv",
+        ),
+        (["bench", "codec", "--kv", "/"], 2, "--kv /: not a file; make one with prfaas capture-kv"),
+        (["bench", "codec", "--kv", "/dev/full"], 2, "--kv /dev/full: not a file; make one with prfaas capture-kv"),
+        (["bench", "codec", "--kv", __file__], 2, "is not a KV file; make one with prfaas capture-kv"),
         (["bench", "codec", "--kv", "a.kv", "--tokens", "9"], 2, "--kv has its own prompt"),
     ],
 )
@@ -82,6 +89,29 @@ def test_a_mistake_is_one_line_with_its_status(
     assert told in errors
     assert len(errors.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda data: b"", "is not a KV file; make one with prfaas capture-kv"),
+        (lambda data: data[:12], "ends early: after 12 bytes; capture again"),
+        (lambda data: data[:-1], "ends early"),
+        (lambda data: data + b"x", "is too long"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is damaged: its KV doesn't hash to"),
+        (lambda data: data[:20] + b"\0" + data[21:], "its header is wrong"),
+    ],
+    ids=["empty", "no header", "short", "long", "a bit changed", "header"],
+)
+def test_a_file_that_is_no_whole_kv_is_one_line_with_the_mend(
+    damage: Callable[[bytes], bytes], told: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(file).write_bytes(damage(Path(file).read_bytes()))
+    assert main(["bench", "codec", "--kv", file, "--effect-tokens", "0"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"--kv {file}" in line
+    assert told in line
+    assert line.endswith(("capture again", "prfaas capture-kv"))
 
 
 def test_figures_of_each_codec_as_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:

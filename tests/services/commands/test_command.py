@@ -167,3 +167,30 @@ def test_ctrl_c_is_quiet() -> None:
     process.stderr.close()
     assert process.wait(20) in (0, 130)
     assert "Traceback" not in rest
+
+
+def _prfaas(arguments: str, streams: str) -> subprocess.CompletedProcess[str]:
+    """In a shell, that can also close a stream; output is buffered, as it is by default."""
+    command = f"'{sys.executable}' -m prfaas.services {arguments} {streams}"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, env=env)
+
+
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-"])
+def test_the_status_stays_right_when_nothing_can_be_said(streams: str) -> None:
+    """Standard error is full, or closed."""
+    assert _prfaas("rooter", streams).returncode == 2
+
+
+def test_output_onto_a_full_disk_is_one_line_and_status_1() -> None:
+    done = _prfaas("--help", ">/dev/full")
+    assert (done.returncode, done.stderr) == (1, "prfaas --help: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_standard_error_is_not_given_to_a_socket() -> None:
+    """Else what libraries write there goes to a peer."""
+    code = "import os; from prfaas.services.__main__ import main; main(['--version']); "
+    code += "print(os.readlink('/proc/self/fd/2'))"
+    command = f'"{sys.executable}" -c "{code}" 2>&-'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "/dev/null"
