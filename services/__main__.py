@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from prfaas.common.errors import ConfigError, PrfaasError, UsageError
 
@@ -145,10 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     try:
-        status = _run(arguments)
-        # Else a full disk shows at exit only, as a traceback.
-        sys.stdout.flush()
-        return status
+        return _flushed(_run, arguments)
     except ConfigError as error:
         return _failed(name, error.problems, EXIT_USAGE)
     except UsageError as error:
@@ -160,14 +157,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _failed(name, [f"{error.name} is not installed; the mend: pip install 'prfaas[torch]'"], EXIT_FAILURE)
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         return EXIT_FAILURE
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _discard_output()
+            _discard(sys.stdout)
         return _failed(name, [str(error)], EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _flushed(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """A full disk shows now, while it can be told, and not at exit. `--help` leaves by SystemExit."""
+    try:
+        status = run(arguments)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -189,9 +197,10 @@ def _open_closed_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the process ends
 
 
-def _discard_output() -> None:
-    """What is still buffered can't be written; Python would complain once more when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard(stream: TextIO) -> None:
+    """What is still buffered can't be written; Python would complain once more, and end with 120, when it flushes at
+    exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
@@ -204,9 +213,12 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _failed(name: str, problems: Sequence[str], status: int) -> int:
-    with contextlib.suppress(OSError):  # the status says it, too
+    try:
         for problem in problems:
             sys.stderr.write(f"prfaas {name}: {problem}\n")
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
     return status
 
 

@@ -182,9 +182,11 @@ def test_the_status_stays_right_when_nothing_can_be_said(streams: str) -> None:
     assert _prfaas("rooter", streams).returncode == 2
 
 
-def test_output_onto_a_full_disk_is_one_line_and_status_1() -> None:
-    done = _prfaas("--help", ">/dev/full")
-    assert (done.returncode, done.stderr) == (1, "prfaas --help: [Errno 28] No space left on device\n")
+@pytest.mark.parametrize("arguments", ["--help", "bench --help", "decode --help"])
+def test_output_onto_a_full_disk_is_one_line_and_status_1(arguments: str) -> None:
+    done = _prfaas(arguments, ">/dev/full")
+    assert done.returncode == 1
+    assert done.stderr == f"prfaas {arguments.split()[0]}: [Errno 28] No space left on device\n"
 
 
 def test_a_closed_standard_error_is_not_given_to_a_socket() -> None:
