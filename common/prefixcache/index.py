@@ -39,7 +39,7 @@ _SWEEP_STEP = 64
 
 @dataclass(frozen=True, slots=True)
 class IndexSettings:
-    """max_blocks: entries (some 400 bytes each with a thousand holders); beyond it the index forgets the tips that were
+    """max_blocks: entries (some 300 bytes each with a thousand holders); beyond it the index forgets the tips that were
     longest neither added nor matched, and so claims less than is there. max_holders: numbers from 0 below it."""
 
     max_blocks: int = 1_000_000
@@ -58,12 +58,12 @@ class IndexSettings:
 class Match:
     """Who has how much of one prompt; valid until the index changes."""
 
-    __slots__ = ("_holder_of_bit", "steps")
+    __slots__ = ("_holders", "steps")
 
-    def __init__(self, steps: list[tuple[int, int]], holder_of_bit: NDArray[np.int32]) -> None:
+    def __init__(self, steps: list[tuple[int, int]], holders: _Holders) -> None:
         self.steps = steps
         """(blocks, holder bits): those who have exactly so many, in no holder twice, most blocks last."""
-        self._holder_of_bit = holder_of_bit
+        self._holders = holders
 
     @property
     def longest(self) -> int:
@@ -73,27 +73,42 @@ class Match:
     def pairs(self) -> Iterator[tuple[int, int]]:
         """(holder, blocks) of all who have any."""
         for blocks, bits in self.steps:
-            for holder in self._holders(bits).tolist():
-                yield holder, blocks
+            for number in _numbers(bits):
+                yield int(self._holders.of_bit[number]), blocks
 
     def lengths(self, holders: int) -> NDArray[np.int64]:
         """Blocks of the holders 0 to `holders` − 1, [holders] int64; higher ones are left out."""
-        lengths = np.zeros(holders, np.int64)
+        by_bit = np.zeros(len(self._holders.of_bit), np.int64)
         for blocks, bits in self.steps:
-            members = self._holders(bits)
-            lengths[members[members < holders]] = blocks
+            if bits.bit_count() <= _FEW_HOLDERS:
+                for number in _numbers(bits):
+                    by_bit[number] = blocks
+            else:
+                raw = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), np.uint8)
+                members = np.unpackbits(raw, bitorder="little", count=len(by_bit)).view(np.bool_)
+                np.copyto(by_bit, blocks, where=members)
+        lengths = np.zeros(holders, np.int64)
+        bit_of = self._holders.bit_of[:holders]
+        lengths[: len(bit_of)] = by_bit[bit_of]
         return lengths
 
-    def _holders(self, bits: int) -> NDArray[np.int32]:
-        if bits.bit_count() <= _FEW_HOLDERS:
-            found = []
-            while bits:
-                lowest = bits & -bits
-                found.append(lowest.bit_length() - 1)
-                bits ^= lowest
-            return self._holder_of_bit[found] if found else self._holder_of_bit[:0]
-        raw = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), np.uint8)
-        return self._holder_of_bit[np.flatnonzero(np.unpackbits(raw, bitorder="little"))]
+
+def _numbers(bits: int) -> Iterator[int]:
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
+class _Holders:
+    """The numbers of holders' bits. of_bit: holder by bit number; bit_of: bit number by holder. Bit 0 is nobody's, and
+    the bit of those that have none."""
+
+    __slots__ = ("bit_of", "of_bit")
+
+    def __init__(self, max_holders: int) -> None:
+        self.of_bit = np.full(1, -1, np.int32)
+        self.bit_of = np.zeros(max_holders, np.int32)
 
 
 class _Entry:
@@ -174,7 +189,7 @@ class PrefixIndex:
         self._tips: OrderedDict[_Entry, None] = OrderedDict()
         self._streams: dict[int, _Stream] = {}
         self._bits: dict[int, int] = {}  # holder -> its bit, as an int with that bit set
-        self._holder_of_bit = np.zeros(0, np.int32)
+        self._holders = _Holders(self.settings.max_holders)
         self._free_bits: list[int] = []
         self._live = 0
         self._retired = 0
@@ -189,31 +204,30 @@ class PrefixIndex:
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """How many blocks each holder has without a gap from the first on. keys: a chain."""
-        return Match(self._steps(keys), self._holder_of_bit)
+        return Match(self._steps(keys), self._holders)
 
     def match_exact(self, keys: Sequence[BlockKey]) -> Match:
         """For a model with snapshots: the longest prefix at whose end the holder has a snapshot, and every block
         before. keys: of the first n−1 prompt tokens, since a snapshot behind them is of no use."""
         steps = self._steps(keys)
-        if not steps:
-            return Match(steps, self._holder_of_bit)
-        deepest = steps[-1][0]
-        pending = self._entries[keys[0]].closed & self._live
-        reached = 0
+        snapshots = self._snapshots
         found: list[tuple[int, int]] = []
-        # The places that have snapshots, from the deepest down; `compress` finds them without a loop in Python.
-        has_snapshot = map(self._snapshots.__contains__, reversed(keys[:deepest]))
-        for blocks in compress(range(deepest, 0, -1), has_snapshot):
-            while steps and steps[-1][0] >= blocks:
-                reached |= steps.pop()[1]
-            usable = self._snapshots[keys[blocks - 1]] & reached & pending
-            if usable:
-                found.append((blocks, usable))
-                pending ^= usable
-                if not pending:
-                    break
+        active = 0  # those who have all blocks up to here, and no snapshot behind
+        for step in range(len(steps) - 1, -1, -1):
+            blocks, bits = steps[step]
+            active |= bits
+            fewer = steps[step - 1][0] if step else 0
+            # The places that have snapshots, from the deepest down; `compress` finds them without a loop in Python.
+            has_snapshot = map(snapshots.__contains__, reversed(keys[fewer:blocks]))
+            for place in compress(range(blocks, fewer, -1), has_snapshot):
+                usable = snapshots[keys[place - 1]] & active
+                if usable:
+                    found.append((place, usable))
+                    active ^= usable
+                    if not active:
+                        break
         found.reverse()
-        return Match(found, self._holder_of_bit)
+        return Match(found, self._holders)
 
     def _steps(self, keys: Sequence[BlockKey]) -> list[tuple[int, int]]:
         get, live, count = self._entries.get, self._live, len(keys)
@@ -475,12 +489,14 @@ class PrefixIndex:
         bit = self._bits.get(holder)
         if bit is None:
             self._check(holder)
-            if not self._free_bits and len(self._holder_of_bit) >= 2 * self.settings.max_holders:
+            holders = self._holders
+            if not self._free_bits and len(holders.of_bit) > 2 * self.settings.max_holders:
                 self._sweep(2 * len(self._entries) + 2)
-            number = self._free_bits.pop() if self._free_bits else len(self._holder_of_bit)
-            if number == len(self._holder_of_bit):
-                self._holder_of_bit = np.append(self._holder_of_bit, np.int32(holder))
-            self._holder_of_bit[number] = holder
+            number = self._free_bits.pop() if self._free_bits else len(holders.of_bit)
+            if number == len(holders.of_bit):
+                holders.of_bit = np.append(holders.of_bit, np.int32(holder))
+            holders.of_bit[number] = holder
+            holders.bit_of[holder] = number
             bit = self._bits[holder] = 1 << number
             self._live |= bit
         return bit
@@ -491,8 +507,10 @@ class PrefixIndex:
 
     def _retire(self, holder: int) -> None:
         bit = self._bits.pop(holder, 0)
-        self._live &= ~bit
-        self._retired |= bit
+        if bit:
+            self._holders.bit_of[holder] = 0
+            self._live &= ~bit
+            self._retired |= bit
 
     def _sweep(self, entries: int) -> None:
         """Clean up to so many entries of retired bits; bits that none has any more are free."""

@@ -57,8 +57,8 @@ def test_the_format_is_fixed() -> None:
     root = hashlib.blake2b(digest_size=16, person=b"prfaas-prefix-1")
     for part in (b"2", b"m", b"t"):
         root.update(len(part).to_bytes(8, "little") + part)
-    first = hashlib.blake2b(root.digest() + b"\x01\0\0\0\xff\xff\xff\xff", digest_size=16).digest()
-    second = hashlib.blake2b(first + b"\x02\0\0\0\x00\x01\0\0", digest_size=16).digest()
+    first = hashlib.blake2b(b"\x01\0\0\0\xff\xff\xff\xff", digest_size=16, salt=root.digest()).digest()
+    second = hashlib.blake2b(b"\x02\0\0\0\x00\x01\0\0", digest_size=16, salt=first).digest()
     assert BlockHasher("m", "t", 2).keys([1, (1 << 32) - 1, 2, 256, 7]) == [first, second]
 
 
