@@ -364,14 +364,19 @@ class PrefixIndex:
 
     def _make(self, key: BlockKey, parent: _Entry | None) -> _Entry | None:
         """None: it would be one too many, and there is nothing else to forget."""
+        tips = self._tips
+        if len(self._entries) >= self.settings.max_blocks:
+            was_tip = parent if parent in tips else None
+            if was_tip is not None:
+                del tips[was_tip]  # or it might be what is forgotten
+            if not self._forget_one():
+                if was_tip is not None:
+                    tips[was_tip] = None
+                return None
         if parent is not None:
-            self._tips.pop(parent, None)
-        if len(self._entries) >= self.settings.max_blocks and not self._forget_one():
-            if parent is not None and parent is not self._root and parent.first_child is None:
-                self._tips[parent] = None
-            return None
+            tips.pop(parent, None)  # again: what was forgotten may have been its last child
         entry = self._entries[key] = _Entry(key, parent)
-        self._tips[entry] = None
+        tips[entry] = None
         return entry
 
     def _place(self, entry: _Entry, parent: _Entry) -> bool:

@@ -127,7 +127,7 @@ class BoundedIndexMachine(IndexMachine):
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestBoundedIndex = BoundedIndexMachine.TestCase
-TestBoundedIndex.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestBoundedIndex.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 def chain_of(name: int, blocks: int) -> list[int]:
@@ -180,6 +180,20 @@ def test_a_prompt_longer_than_the_bound_is_known_up_to_it() -> None:
     index.add(1, None, chain_of(2, 9))
     assert index.match(chain_of(2, 9)).longest == 5
     assert len(index) == 5
+
+
+def test_room_for_a_block_may_come_from_its_only_sibling() -> None:
+    """The parent is a tip for a moment, and must not be taken for one afterwards."""
+    index = PrefixIndex(IndexSettings(max_blocks=3))
+    index.add(0, None, [1, 2])
+    index.add(1, None, [8])
+    index.match([8])
+    for sibling in (3, 4, 5):
+        index.add(0, 1, [sibling])
+        index.match([8])
+        assert dict(index.match([1, sibling]).pairs()) == {0: 2}
+    assert (len(index), index.forgotten) == (3, 3)
+    assert index.match([8]).longest == 1
 
 
 def test_blocks_in_another_order_are_not_taken() -> None:
