@@ -13,7 +13,7 @@ of retired bits bit by bit, a few at each later change, and then the bits are us
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -168,8 +168,8 @@ def _begins(batch: EventBatch) -> bool:
 
 
 class PrefixIndex:
-    """Not for several threads at once. `apply` takes numbered batches; `add`, `evict`, `add_snapshots` and
-    `evict_snapshots` are for those who miss nothing, as the simulator does.
+    """Not for several threads at once. `apply` takes numbered batches; `take`, and `add`, `evict`, `add_snapshots` and
+    `evict_snapshots`, are for those who miss nothing, as the simulator.
 
     After any sequence of changes it answers as if it kept every holder's blocks apart, except that it claims less when
     it had to forget. It never claims what its holder hasn't reported, or has reported as evicted.
@@ -286,9 +286,13 @@ class PrefixIndex:
                 stream.broken = True
                 stream.sequence = max(stream.sequence, end) if known else stream.sequence
             return RESTART
+        self.take(holder, events)
+        return stream.sequence
+
+    def take(self, holder: int, events: Iterable[Event]) -> None:
+        """Events in their order, none of them missing: what `PrefixPool.drain_events` gave, where nothing is between."""
         for event in events:
             self._take(holder, event)
-        return stream.sequence
 
     def _take(self, holder: int, event: Event) -> None:
         match event:
