@@ -290,7 +290,7 @@ class PrefixIndex:
         return stream.sequence
 
     def take(self, holder: int, events: Iterable[Event]) -> None:
-        """Events in their order, none of them missing: what `PrefixPool.drain_events` gave, where nothing is between."""
+        """Events in order, none of them missing: what `PrefixPool.drain_events` gave, with no link between."""
         for event in events:
             self._take(holder, event)
 
