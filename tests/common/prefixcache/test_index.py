@@ -218,6 +218,21 @@ def test_holders_that_come_and_go_take_no_more_room() -> None:
     assert dict(index.match(chain).pairs()) == dict.fromkeys(range(4), 50)
 
 
+def test_a_bit_that_is_used_again_says_nothing_of_its_holder_before() -> None:
+    """Also where others have the same blocks and snapshots, so that these stay."""
+    index = PrefixIndex(IndexSettings(max_holders=3))
+    chain = chain_of(1, 5)
+    for holder in (0, 1):
+        index.add(holder, None, chain)
+        index.add_snapshots(holder, [chain[4]])
+    for life in range(20):
+        index.remove(0)
+        index.evict(1, [])
+        index.add(0, None, [9000 + life] if life % 2 else chain[:1])
+        assert dict(index.match(chain).pairs()) == ({1: 5} if life % 2 else {0: 1, 1: 5})
+        assert dict(index.match_exact(chain).pairs()) == {1: 5}
+
+
 def test_bounds_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"max_blocks 0.*max_holders 0"):
         IndexSettings(0, 0)
