@@ -41,8 +41,8 @@ def judge(
     warnings = []
     if late_p99_s > LATE_S and late_p99_s > LATE_SHARE * ttft_s:
         warnings.append(
-            f"requests left up to {late_p99_s * 1e3:.0f} ms late (p99) because this client was busy; that is in every "
-            "latency here; use a faster machine, several clients, or a lower rate"
+            f"requests left up to {late_p99_s * 1e3:.0f} ms late (p99) because this client, or its machine, was busy; "
+            "that is in every latency here; use a faster machine, several clients, or a lower rate"
         )
     if lag_p99_s > LATE_S:
         warnings.append(

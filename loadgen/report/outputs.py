@@ -57,18 +57,19 @@ def put_out(
 ) -> list[Summary]:
     """Print and write what the flags ask for; `more` goes into the JSON. Raises UsageError."""
     summaries = [summarise(run.records, objective, run.name) for run in runs]
-    if args.json:
-        sys.stdout.write(files.as_json(summaries, **more).decode())
-    else:
-        from prfaas.loadgen.report.console import show
-
-        show(tables(summaries))
+    # Files first: whoever reads the output may stop reading.
     if getattr(args, "jsonl", None):
         files.write(args.jsonl, files.jsonl_lines(_only(runs)))
     if args.csv:
         files.write(args.csv, files.as_csv(summaries))
     if args.html:
         files.write(args.html, page(title, summaries, runs, notes, warnings))
+    if args.json:
+        sys.stdout.write(files.as_json(summaries, **more).decode())
+    else:
+        from prfaas.loadgen.report.console import show
+
+        show(tables(summaries))
     return summaries
 
 

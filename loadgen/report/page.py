@@ -21,6 +21,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid light-dark(#ddd, #3a3d42); }
 th:first-child, td:first-child { text-align: left; white-space: pre; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 1.2rem; }
+.bars { grid-column: 1 / -1; }
 svg { width: 100%; height: auto; }
 """
 
@@ -36,7 +37,7 @@ def page(
     lines = [f'<p class="warning">{escape(warning)}</p>' for warning in warnings]
     lines += [f'<p class="note">{escape(note)}</p>' for note in notes]
     lines += [_table(table) for table in tables(summaries)]
-    drawn = "\n".join(f"<div>{plot.svg()}</div>" for plot in plots(runs))
+    drawn = "\n".join(f'<div class="{type(plot).__name__.lower()}">{plot.svg()}</div>' for plot in plots(runs))
     body = "\n".join(lines)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'

@@ -15,7 +15,7 @@ from prfaas.loadgen.report.svg import COLOURS, Bars, Plot, Series
 CDF_POINTS = 300
 DOTS = 1500
 TIME_BINS = 120
-ROWS = 120
+ROWS = 60
 LOG_SPREAD = 50
 """A CDF's axis is logarithmic when its greatest value is so many times its median."""
 
@@ -49,8 +49,8 @@ def plots(runs: Sequence[Run]) -> list[Plot | Bars]:
     """CDFs, latency and throughput against time, and for a single run each request's own line."""
     made: list[Plot | Bars | None] = [
         cdf("Time to the first token", "TTFT, s", [(r.name, ttft_s(r.records)[r.records.ok]) for r in runs]),
-        cdf("Time per output token", "TPOT, s", [(r.name, tpot_s(r.records)[r.records.ok]) for r in runs]),
-        cdf("Gaps between tokens", "ITL, s", [(r.name, np.asarray(r.records.itl_s, np.float64)) for r in runs]),
+        cdf("Time per output token", "TPOT, ms", [(r.name, 1e3 * tpot_s(r.records)[r.records.ok]) for r in runs]),
+        cdf("Gaps between tokens", "ITL, ms", [(r.name, 1e3 * np.asarray(r.records.itl_s, np.float64)) for r in runs]),
         cdf("Whole answers", "E2E latency, s", [(r.name, e2e_s(r.records)[r.records.ok]) for r in runs]),
         against_time(runs),
         throughput(runs),

@@ -14,6 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 18, 56, 46
 COLOURS = ("#2f7ed8", "#d9622b", "#2e9e55", "#9560c9", "#c0429b", "#8a7a1f", "#1c9aa8", "#7d7d7d")
 LEGEND_CHAR_PX, LEGEND_GAP_PX = 6.6, 28
 ROW_PX = 9
+FEW_DOTS = 400
 
 Numbers = Sequence[float]
 
@@ -185,14 +186,15 @@ def _runs(series: Series, log_x: bool, y_high: float) -> list[list[tuple[float, 
 
 def _line(points: list[tuple[float, float]], colour: str, look: str) -> str:
     if len(points) == 1:
-        return _dots(points, colour)[0].replace('r="1.6"', 'r="3"')
+        return _dots(points, colour)[0]
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dashes = ' stroke-dasharray="6 4"' if look == "dashed" else ""
     return f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>'
 
 
 def _dots(points: list[tuple[float, float]], colour: str) -> list[str]:
-    return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.6" fill="{colour}" opacity="0.6"/>' for x, y in points]
+    radius = 2.6 if len(points) <= FEW_DOTS else 1.6
+    return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}" opacity="0.65"/>' for x, y in points]
 
 
 def _greatest(values: object) -> float:
