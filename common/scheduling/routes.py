@@ -28,12 +28,15 @@ from prfaas.common.scheduling.types import (
 )
 
 MANY = 1 << 60
+Floats = NDArray[np.float64]
 
 
 class Route(NamedTuple):
     """One place to prefill. Instants are predicted, from the snapshot's now."""
 
     region: int
+    profile: int
+    """Index of the node's profile."""
     row: int | None
     """None: the decode node prefills itself."""
     offloaded: bool
@@ -62,6 +65,17 @@ class RouteSettings:
     """Steps in which KV leaves during prefill: the last one's bytes are always exposed."""
 
 
+class Start(NamedTuple):
+    """A prefill node, and from which token on it would compute."""
+
+    row: int
+    wait_s: float
+    """Until what it was given is done."""
+    prefill_start: int
+    fetch_region: int | None
+    fetch_s: float
+
+
 class Place(NamedTuple):
     """A decode node, and how long a request that is assigned to it now must wait for a place in the batch."""
 
@@ -74,7 +88,7 @@ class Place(NamedTuple):
 
 def decode_place(request: RequestSnapshot, cluster: ClusterSnapshot) -> tuple[Place | None, str]:
     """The least loaded decode node with room, by requests for a place in its batch; or None and why."""
-    best: Place | None = None
+    best: tuple[int, Pool] | None = None
     best_load = np.inf
     any_usable = False
     tokens = request.prompt_tokens + request.max_output_tokens
@@ -85,77 +99,93 @@ def decode_place(request: RequestSnapshot, cluster: ClusterSnapshot) -> tuple[Pl
         rows = pool.rows
         inflight = cluster.inflight_requests[rows]
         usable = cluster.usable[rows]
-        room = usable & (inflight < cluster.max_inflight_requests[rows])
+        room = inflight < cluster.max_inflight_requests[rows]
+        room &= usable
         room &= cluster.free_kv_bytes[rows] >= profile.kv_bytes.at(tokens)
         at = int(np.where(room, inflight, MANY).argmin())
         if not room[at]:
             any_usable = any_usable or bool(usable.any())
             continue
-        requests = int(inflight[at])
-        load = requests / profile.max_batch
+        load = inflight.item(at) / profile.max_batch
         if load < best_load:
-            best_load = load
-            step_s = profile.step_s(min(requests + 1, profile.max_batch), tokens)
-            # One place comes free every (output · step / batch) seconds.
-            excess = max(0, requests + 1 - profile.max_batch)
-            wait_s = excess * request.max_output_tokens * step_s / profile.max_batch
-            best = Place(_row(pool, at), pool.region, wait_s, step_s, profile)
-    if best is not None:
-        return best, ""
-    return None, "full" if any_usable else "no_decode_node"
+            best_load, best = load, (_row(pool, at), pool)
+    if best is None:
+        return None, "full" if any_usable else "no_decode_node"
+    return _place(best[0], best[1].region, request, cluster, cluster.profiles[best[1].profile]), ""
 
 
-def routes(
-    request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, settings: RouteSettings
-) -> list[Route]:
+def place_at(row: int, request: RequestSnapshot, cluster: ClusterSnapshot) -> Place | None:
+    """A certain decode node, if it has room for the request and may be its home."""
+    region, profile = cluster.region.item(row), cluster.profiles[cluster.profile.item(row)]
+    need = profile.kv_bytes.at(request.prompt_tokens + request.max_output_tokens)
+    if request.home_region not in (None, region) or cluster.free_kv_bytes.item(row) < need:
+        return None
+    return _place(row, region, request, cluster, profile)
+
+
+def _place(row: int, region: int, request: RequestSnapshot, cluster: ClusterSnapshot, profile: NodeProfile) -> Place:
+    ahead = cluster.inflight_requests.item(row) + 1
+    step_s = profile.step_s(min(ahead, profile.max_batch), request.prompt_tokens + request.max_output_tokens)
+    # One place comes free every (output · step / batch) seconds.
+    excess = max(0, ahead - profile.max_batch)
+    wait_s = excess * request.max_output_tokens * step_s / profile.max_batch
+    return Place(row, region, wait_s, step_s, profile)
+
+
+def routes(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, settings: RouteSettings) -> list[Route]:
     """The best node of each pool that could prefill, home region's first: the least loaded by predicted finish, or
     one that holds a prefix and is done sooner. Nodes that are not usable or full are never among them."""
-    home = place.region
-    found: list[Route] = []
-    held_home = _held(request, home)
+    home: list[Route] = []
+    away: list[Route] = []
     for pool in cluster.pools(ROLE_PREFILL):
-        offloaded = pool.region != home
-        if offloaded and cluster.links.bandwidth_bytes_per_s[pool.region, home] <= 0:
+        if not reachable(cluster, pool.region, place.region):
             continue
-        rows = pool.rows
-        usable = cluster.usable[rows]
-        free_at = np.where(usable, cluster.prefill_free_at_s[rows], np.inf)
+        free_at = _free_at(cluster, pool)
         at = int(free_at.argmin())
-        if not usable[at]:
+        free_at_s = free_at.item(at)
+        if free_at_s == np.inf:
             continue
-        if cluster.inflight_requests[rows][at] >= cluster.max_inflight_requests[rows][at]:
-            full = cluster.inflight_requests[rows] >= cluster.max_inflight_requests[rows]
-            free_at[full] = np.inf
-            at = int(free_at.argmin())
-            if free_at[at] == np.inf:
-                continue
-        profile = cluster.profiles[pool.profile]
-        wait_s = max(0.0, float(free_at[at]) - cluster.now_s)
-        row = _row(pool, at)
-        start, fetch, fetch_s = 0, None, 0.0
+        wait_s = max(0.0, free_at_s - cluster.now_s)
+        start = Start(_row(pool, at), wait_s, 0, None, 0.0)
         if request.prefixes is not None:
-            start, fetch, fetch_s = _prefix(request, cluster, pool.region, home, settings)
-            row, wait_s, start, fetch, fetch_s = _affine(
-                request.prefixes, cluster, pool, free_at, (row, wait_s, start, fetch, fetch_s), request.prompt_tokens
-            )
-        prefill_s = profile.prefill_s.at(request.prompt_tokens - start)
-        found.append(
-            _route(request, cluster, place, settings, pool, offloaded, row, max(wait_s, fetch_s), prefill_s, start, fetch, held_home)
-        )
-    found.sort(key=_home_first)
-    return found
+            start = _with_prefix(request, cluster, pool, start, place.region, settings)
+            start = _affine(request, request.prefixes, cluster, pool, free_at, start)
+        route = _route(request, cluster, place, settings, pool, start)
+        (away if route.offloaded else home).append(route)
+    return home + away
 
 
-def local_route(request: RequestSnapshot, place: Place) -> Route:
+def route_to(
+    row: int, request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, settings: RouteSettings
+) -> Route:
+    """The route over a certain prefill node, whether or not it is usable."""
+    pool = Pool(cluster.region.item(row), cluster.profile.item(row), slice(row, row + 1), row)
+    start = Start(row, max(0.0, cluster.prefill_free_at_s.item(row) - cluster.now_s), 0, None, 0.0)
+    if request.prefixes is not None:
+        start = start._replace(prefill_start=_held(request, pool.region))
+    return _route(request, cluster, place, settings, pool, start)
+
+
+def reachable(cluster: ClusterSnapshot, region: int, home: int) -> bool:
+    """Whether KV can go from a region to the home region."""
+    return region == home or cluster.links.bandwidth_bytes_per_s.item(region, home) > 0
+
+
+def _free_at(cluster: ClusterSnapshot, pool: Pool) -> Floats:
+    """When each node of the pool will be free; inf where it may not be used."""
+    rows = pool.rows
+    good = cluster.inflight_requests[rows] < cluster.max_inflight_requests[rows]
+    good &= cluster.usable[rows]
+    return np.where(good, cluster.prefill_free_at_s[rows], np.inf)
+
+
+def local_route(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place) -> Route:
     """The decode node prefills itself, at the speed of its profile, when nobody else can."""
     start = _held(request, place.region)
+    wait_s = max(0.0, cluster.prefill_free_at_s.item(place.row) - cluster.now_s)
     prefill_s = place.profile.prefill_s.at(request.prompt_tokens - start)
-    ttft_s = max(prefill_s, place.wait_s) + place.step_s
-    return Route(place.region, None, False, 0.0, prefill_s, ttft_s, 0.0, start, None)
-
-
-def _home_first(route: Route) -> bool:
-    return route.offloaded
+    ttft_s = max(wait_s + prefill_s, place.wait_s) + place.step_s
+    return Route(place.region, -1, None, False, wait_s, prefill_s, ttft_s, 0.0, start, None)
 
 
 def _row(pool: Pool, at: int) -> int:
@@ -171,63 +201,64 @@ def _held(request: RequestSnapshot, region: int) -> int:
 
 def scarce(cluster: ClusterSnapshot, source: int, target: int, settings: RouteSettings) -> bool:
     """The paper's test of bandwidth, with our settings."""
-    bandwidth = cluster.links.bandwidth_bytes_per_s[source, target]
-    return bool(
-        cluster.links.utilisation[source, target] > settings.scarce_utilisation
-        or cluster.links.queued_bytes[source, target] > settings.scarce_backlog_s * bandwidth
-    )
+    links, pair = cluster.links, (source, target)
+    within = settings.scarce_backlog_s * links.bandwidth_bytes_per_s.item(pair)
+    return links.utilisation.item(pair) > settings.scarce_utilisation or links.queued_bytes.item(pair) > within
 
 
-def _prefix(
-    request: RequestSnapshot, cluster: ClusterSnapshot, region: int, home: int, settings: RouteSettings
-) -> tuple[int, int | None, float]:
-    """(tokens that a prefill in `region` can start from, where they must be fetched from, seconds that it takes).
-
-    Between the region's own cache and a longer one elsewhere: the longer, when the link to here is abundant and the
-    fetch takes less than computing it would."""
+def _with_prefix(
+    request: RequestSnapshot, cluster: ClusterSnapshot, pool: Pool, start: Start, home: int, settings: RouteSettings
+) -> Start:
+    """From the pool's own cache, or from a longer one elsewhere, when the link to here is abundant and the fetch takes
+    less than computing it would."""
     assert request.prefixes is not None
-    own = _held(request, region)
+    own = _held(request, pool.region)
     best, fetch, fetch_s = own, None, 0.0
-    for other, tokens in zip(request.prefixes.regions.tolist(), request.prefixes.region_tokens.tolist(), strict=True):
-        tokens = min(tokens, request.prompt_tokens - 1)
-        if other == region or tokens <= best or scarce(cluster, other, region, settings):
+    profile = cluster.profiles[pool.profile]
+    prefill_s, kv_bytes = profile.prefill_s, profile.kv_bytes
+    for other, held in zip(request.prefixes.regions.tolist(), request.prefixes.region_tokens.tolist(), strict=True):
+        tokens = min(held, request.prompt_tokens - 1)
+        if other == pool.region or tokens <= best or not reachable(cluster, other, pool.region):
             continue
-        bandwidth = float(cluster.links.bandwidth_bytes_per_s[other, region])
-        if bandwidth <= 0:
+        if scarce(cluster, other, pool.region, settings):
             continue
-        profile = cluster.profiles[0]
-        moved = (profile.kv_bytes.at(tokens) - profile.kv_bytes.at(own)) * settings.wire_ratio
-        queued = float(cluster.links.queued_bytes[other, region])
-        seconds = (queued + moved) / bandwidth + float(cluster.links.rtt_s[other, region])
-        prefill_s = profile.prefill_s
+        moved = (kv_bytes.at(tokens) - (kv_bytes.at(own) if own else 0.0)) * settings.wire_ratio
+        seconds = fetch_seconds(cluster, other, pool.region, moved)
         if seconds < prefill_s.at(request.prompt_tokens - best) - prefill_s.at(request.prompt_tokens - tokens):
             best, fetch, fetch_s = tokens, other, seconds
-    return best, fetch, fetch_s
+    return start._replace(prefill_start=best, fetch_region=fetch, fetch_s=fetch_s)
+
+
+def fetch_seconds(cluster: ClusterSnapshot, source: int, target: int, moved_bytes: float) -> float:
+    """How long a prefix takes from one region to the other, behind what is on the link already."""
+    links, pair = cluster.links, (source, target)
+    passing_s = (links.queued_bytes.item(pair) + moved_bytes) / links.bandwidth_bytes_per_s.item(pair)
+    return passing_s + links.rtt_s.item(pair)
 
 
 def _affine(
+    request: RequestSnapshot,
     prefixes: PrefixMatches,
     cluster: ClusterSnapshot,
     pool: Pool,
-    free_at: NDArray[np.float64],
-    least: tuple[int, float, int, int | None, float],
-    prompt_tokens: int,
-) -> tuple[int, float, int, int | None, float]:
+    free_at: Floats,
+    least: Start,
+) -> Start:
     """The least loaded node, or one of those that hold a longer prefix themselves if it would be done sooner."""
     prefill_s = cluster.profiles[pool.profile].prefill_s
-    row, wait_s, start, fetch, fetch_s = least
-    done_s = max(wait_s, fetch_s) + prefill_s.at(prompt_tokens - start)
+    best = least
+    done_s = max(best.wait_s, best.fetch_s) + prefill_s.at(request.prompt_tokens - best.prefill_start)
     rows = np.arange(pool.rows.start, pool.rows.stop) if isinstance(pool.rows, slice) else pool.rows
-    for node, held in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
+    for node, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
         at = int(np.searchsorted(rows, node))
-        if at >= rows.size or rows[at] != node or not np.isfinite(free_at[at]) or held < start:
+        held = min(tokens, request.prompt_tokens - 1)
+        if at >= rows.size or rows[at] != node or not np.isfinite(free_at[at]) or held < best.prefill_start:
             continue
-        held = min(held, prompt_tokens - 1)
-        node_wait_s = max(0.0, float(free_at[at]) - cluster.now_s)
-        node_done_s = node_wait_s + prefill_s.at(prompt_tokens - held)
-        if node_done_s < done_s or (node_done_s == done_s and held > start):
-            row, wait_s, start, fetch, fetch_s, done_s = node, node_wait_s, held, None, 0.0, node_done_s
-    return row, wait_s, start, fetch, fetch_s
+        wait_s = max(0.0, free_at.item(at) - cluster.now_s)
+        node_done_s = wait_s + prefill_s.at(request.prompt_tokens - held)
+        if node_done_s < done_s or (node_done_s == done_s and held > best.prefill_start):
+            best, done_s = Start(node, wait_s, held, None, 0.0), node_done_s
+    return best
 
 
 def _route(
@@ -236,24 +267,33 @@ def _route(
     place: Place,
     settings: RouteSettings,
     pool: Pool,
-    offloaded: bool,
-    row: int,
-    wait_s: float,
-    prefill_s: float,
-    start: int,
-    fetch: int | None,
-    held_home: int,
+    start: Start,
 ) -> Route:
     """With the slowest of the three resources as its time to the first token."""
+    profile = cluster.profiles[pool.profile]
+    prefill_s = profile.prefill_s.at(request.prompt_tokens - start.prefill_start)
+    wait_s = max(start.wait_s, start.fetch_s)
     ready_s = wait_s + prefill_s
     wire = 0.0
+    offloaded = pool.region != place.region
     if offloaded:
         links, pair = cluster.links, (pool.region, place.region)
-        kv_bytes = cluster.profiles[pool.profile].kv_bytes.at(request.prompt_tokens - held_home)
-        wire = kv_bytes * settings.wire_ratio
-        bandwidth = float(links.bandwidth_bytes_per_s[pair])
+        held = 0 if request.prefixes is None else _held(request, place.region)
+        wire = profile.kv_bytes.at(request.prompt_tokens - held) * settings.wire_ratio
+        bandwidth = links.bandwidth_bytes_per_s.item(pair)
         tail_s = wire / settings.layers / bandwidth
-        passed_s = (float(links.queued_bytes[pair]) + wire) / bandwidth
-        ready_s = max(ready_s + tail_s, passed_s) + float(links.rtt_s[pair]) / 2
+        passed_s = (links.queued_bytes.item(pair) + wire) / bandwidth
+        ready_s = max(ready_s + tail_s, passed_s) + links.rtt_s.item(pair) / 2
     ttft_s = max(ready_s, place.wait_s) + place.step_s
-    return Route(pool.region, row, offloaded, wait_s, prefill_s, ttft_s, wire, start, fetch)
+    return Route(
+        pool.region,
+        pool.profile,
+        start.row,
+        offloaded,
+        wait_s,
+        prefill_s,
+        ttft_s,
+        wire,
+        start.prefill_start,
+        start.fetch_region,
+    )

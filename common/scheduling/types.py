@@ -6,7 +6,6 @@ objects costs 80 µs and an argmin costs 2. The shell updates the arrays in plac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -135,9 +134,7 @@ def _pools_of(cluster: ClusterSnapshot, role: int) -> list[Pool]:
     for region, profile in keys:
         own = rows[(cluster.region[rows] == region) & (cluster.profile[rows] == profile)]
         together = own[-1] - own[0] + 1 == own.size
-        pools.append(
-            Pool(region, profile, slice(int(own[0]), int(own[-1]) + 1) if together else own, int(own[0]))
-        )
+        pools.append(Pool(region, profile, slice(int(own[0]), int(own[-1]) + 1) if together else own, int(own[0])))
     return pools
 
 
@@ -156,7 +153,7 @@ class Decision:
     prefill_start: int = 0
     """Tokens [0, prefill_start) come from a cache on the prefill side, so prefill computes the rest of the prompt."""
     fetch_region: int | None = None
-    """Where tokens up to `prefill_start` must be fetched from over the WAN first; None = the prefill region has them."""
+    """Where tokens up to `prefill_start` are fetched from over the WAN first; None = the prefill region has them."""
     predicted_ttft_s: float = float("nan")
 
 
@@ -181,18 +178,3 @@ class AdmittingPolicy(Protocol):
     """A policy that also says why not, and when to try again. It may hold state of its own (a cursor), but no clock."""
 
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused: ...
-
-
-class LinkLoad(NamedTuple):
-    """What the threshold's adaptation sees of one home region's link."""
-
-    utilisation: float
-    backlog_s: float
-
-
-def region_index(names: Sequence[str], name: str) -> int:
-    """Raises ValueError, with the names there are."""
-    try:
-        return names.index(name)
-    except ValueError:
-        raise ValueError(f"no region {name!r}; there are {', '.join(names)}") from None

@@ -77,7 +77,9 @@ class Load:
         for name, least in (("prompt_tokens", 1), ("output_tokens", 1), ("arrival_s", 0)):
             column = getattr(self, name)
             if (wrong := np.flatnonzero(~(column >= least))).size:
-                raise ConfigError([f"request {wrong[0] + 1}: {name} is {column[wrong[0]]}; it must be at least {least}"])
+                raise ConfigError(
+                    [f"request {wrong[0] + 1}: {name} is {column[wrong[0]]}; it must be at least {least}"]
+                )
         if (wrong := np.flatnonzero(np.diff(self.arrival_s) < 0)).size:
             raise ConfigError([f"request {wrong[0] + 2} arrives before the one ahead of it"])
 
@@ -495,8 +497,8 @@ class Simulation:
         for role in (ROLE_PREFILL, ROLE_DECODE):
             if change.role is not None and ROLES[change.role] != role:
                 continue
-            rows = [r for r in np.flatnonzero((snapshot.role == role) & (snapshot.region == region)).tolist()]
-            alive = [r for r in rows if r not in self._dead]
+            rows = np.flatnonzero((snapshot.role == role) & (snapshot.region == region))
+            alive = [row for row in rows.tolist() if row not in self._dead]
             lost.update(alive[len(alive) - round(len(alive) * change.share) :])
         if not lost:
             return
@@ -624,8 +626,7 @@ class Simulation:
             wire_bytes=column(self._wire, np.float64),
             reasons=dict(self._reasons),
             link_bytes={
-                (names[a], names[b]): link.sent_bytes
-                for (a, b), link in zip(self._pairs, self._links, strict=True)
+                (names[a], names[b]): link.sent_bytes for (a, b), link in zip(self._pairs, self._links, strict=True)
             },
             busy_prefill_s=self._busy_s,
         )
