@@ -3,6 +3,7 @@
 PrfaasError
 ├── ConfigError              the operator's settings are wrong (exit status 2)
 ├── UsageError               a command was called wrongly (exit status 2)
+│   └── InfeasibleError      no plan gives what was asked for; says what is missing
 ├── SetupError               what a command needs is not there and can't be made: a model, a package, a child process
 ├── RequestError             the client's request is wrong (4xx); names the field
 │   ├── AuthenticationError  401
@@ -44,6 +45,10 @@ class ConfigError(PrfaasError):
 
 class UsageError(PrfaasError):
     """A command line that can't be carried out."""
+
+
+class InfeasibleError(UsageError):
+    """No plan gives what was asked for from what there is; the text says what is missing."""
 
 
 class SetupError(PrfaasError):

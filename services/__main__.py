@@ -25,6 +25,7 @@ commands:
   prefill     a node that computes prompts and sends their KVCache
   decode      a node that receives KVCache and generates
   doctor      checks this machine and a configuration, and names the mend
+  profile     measures this machine's engine, for the planner
   certs init  makes a private CA and node certificates for TLS
   capture-kv  the KV of a prompt, computed by the real model, in a file
   bench link  how fast KV lanes move bytes here
@@ -69,6 +70,12 @@ def _demo(argv: Sequence[str]) -> int:
 
 def _doctor(argv: Sequence[str]) -> int:
     from prfaas.services.commands.doctor import main
+
+    return main(argv)
+
+
+def _profile(argv: Sequence[str]) -> int:
+    from prfaas.services.commands.profile import main
 
     return main(argv)
 
@@ -122,6 +129,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "decode": _decode,
     "demo": _demo,
     "doctor": _doctor,
+    "profile": _profile,
     "capture-kv": _capture_kv,
     "bench": _bench,
     "certs": _certs,

@@ -196,9 +196,8 @@ def _slopes(width: Floats, secant: Floats) -> Floats:
     if width.size == 1:
         return np.full(2, secant[0])
     w1, w2 = 2 * width[1:] + width[:-1], width[1:] + 2 * width[:-1]
-    flat = (secant[:-1] == 0) | (secant[1:] == 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slope[1:-1] = np.where(flat, 0.0, (w1 + w2) / (w1 / secant[:-1] + w2 / secant[1:]))
+    with np.errstate(divide="ignore", over="ignore"):  # beside a flat piece: 1 / inf = 0
+        slope[1:-1] = (w1 + w2) / (w1 / secant[:-1] + w2 / secant[1:])
     slope[0] = _end_slope(width[0], width[1], secant[0], secant[1])
     slope[-1] = _end_slope(width[-1], width[-2], secant[-1], secant[-2])
     return slope

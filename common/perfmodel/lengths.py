@@ -51,7 +51,7 @@ class LengthDistribution(Protocol):
         ...
 
     def means_of(self, function: Callable[[Floats], Floats], thresholds: ArrayLike) -> Halves:
-        """E[f(L) | L > t] and E[f(L) | L ≤ t]; `function` is called once, with an array of lengths."""
+        """E[f(L) | L > t] and E[f(L) | L ≤ t]; `function` takes an array of lengths, NaN among them."""
         ...
 
     def mean(self) -> float:
@@ -64,6 +64,10 @@ class LengthDistribution(Protocol):
 
     def quantile(self, q: float) -> float:
         """The length below which the share q of all lies, 0 ≤ q ≤ 1."""
+        ...
+
+    def scaled(self, factor: float) -> LengthDistribution:
+        """Every length times `factor`, which is above 0."""
         ...
 
 
@@ -107,7 +111,9 @@ class Empirical:
         return float(self.lengths[-1])
 
     def share_above(self, thresholds: ArrayLike) -> Floats:
-        return np.clip(1.0 - self._up_to(self._shares, thresholds), 0.0, 1.0)
+        # Exactly 1 below all lengths and 0 above them, whatever the rounding: a planner divides by p and 1 − p.
+        share: Floats = self._from(self._shares, thresholds) / self._from(self._shares, -1.0)
+        return share
 
     def means(self, thresholds: ArrayLike) -> Halves:
         return self.means_of(lambda x: x, thresholds)
@@ -128,6 +134,9 @@ class Empirical:
     def quantile(self, q: float) -> float:
         index = np.searchsorted(np.cumsum(self._shares), q * (1 - 1e-12))
         return float(self.lengths[min(int(index), self.lengths.size - 1)])
+
+    def scaled(self, factor: float) -> Empirical:
+        return Empirical(self.lengths * factor, self._shares)
 
     def _up_to(self, values: Floats, thresholds: ArrayLike) -> Floats:
         sums = np.r_[0.0, np.cumsum(values)]
@@ -178,7 +187,9 @@ class TruncatedLogNormal:
         return Halves(above, _ratio(self._mass(self.low, t, 1), self._mass(self.low, t, 0)))
 
     def means_of(self, function: Callable[[Floats], Floats], thresholds: ArrayLike) -> Halves:
-        return self._atoms.means_of(function, thresholds)
+        halves, means = self._atoms.means_of(function, thresholds), self.means(thresholds)
+        # A threshold between the end and the outermost of the 4,096 parts leaves a sliver: it counts as one length.
+        return Halves(*(np.where(np.isnan(of), function(mean), of) for of, mean in zip(halves, means, strict=True)))
 
     def mean(self) -> float:
         return float(self._mass(self.low, self.high, 1) / self._mass(self.low, self.high, 0))
@@ -190,6 +201,9 @@ class TruncatedLogNormal:
         bottom, top = (_NORMAL.cdf((math.log(x) - self.mu) / self.sigma) for x in (self.low, self.high))
         inner = min(max(bottom + q * (top - bottom), 1e-300), 1 - 1e-16)
         return min(max(math.exp(self.mu + self.sigma * _NORMAL.inv_cdf(inner)), self.low), self.high)
+
+    def scaled(self, factor: float) -> TruncatedLogNormal:
+        return TruncatedLogNormal(self.mu + math.log(factor), self.sigma, self.low * factor, self.high * factor)
 
     def _mass(self, a: ArrayLike, b: ArrayLike, k: int) -> Floats:
         """E[Lᵏ; a < L < b], without the truncation's norm."""

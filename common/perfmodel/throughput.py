@@ -36,7 +36,8 @@ def theta_prfaas(nodes: ArrayLike, prefill_s: ArrayLike, egress_bytes_per_s: flo
     B_out here is what the link can carry. KV of no bytes is carried at any rate, if there is a link at all.
     """
     size = np.asarray(kv_bytes, np.float64)
-    carried = np.divide(egress_bytes_per_s, size, out=np.full(size.shape, np.inf), where=size > 0)
+    with np.errstate(over="ignore"):
+        carried = np.divide(egress_bytes_per_s, size, out=np.full(size.shape, np.inf), where=size > 0)
     if egress_bytes_per_s <= 0:
         carried = np.zeros(size.shape)
     rate: Floats = np.minimum(np.divide(nodes, prefill_s), carried)

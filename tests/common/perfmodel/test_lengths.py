@@ -58,12 +58,21 @@ def test_measured_lengths_are_counted(sample: list[int], threshold: int) -> None
     for side, mean in ((above, halves.above), (below, halves.below)):
         assert float(mean) == pytest.approx(np.mean(side)) if side else np.isnan(mean)
     assert lengths.mean() == pytest.approx(np.mean(sample))
+    assert (float(lengths.share_above(-1)), float(lengths.share_above(np.inf))) == (1, 0)
 
 
 def test_a_histogram_counts_as_its_sample() -> None:
     histogram, sample = Empirical(np.array([10, 20.0]), np.array([3, 1.0])), sample_of([10, 10, 10, 20])
     assert histogram.mean() == sample.mean() == 12.5
     assert [histogram.quantile(q) for q in (0, 0.75, 0.76, 1)] == [10, 10, 20, 20]
+
+
+@pytest.mark.parametrize("lengths", [PAPER, Empirical(np.array([5, 5, 9, 30.0]))])
+def test_a_scaled_distribution_has_scaled_means_and_quantiles(lengths: Empirical | TruncatedLogNormal) -> None:
+    longer = lengths.scaled(1.5)
+    assert longer.mean() == pytest.approx(1.5 * lengths.mean())
+    assert longer.quantile(0.7) == pytest.approx(1.5 * lengths.quantile(0.7))
+    assert float(longer.share_above(15)) == pytest.approx(float(lengths.share_above(10)))
 
 
 def test_quantiles_invert_the_share() -> None:

@@ -1,0 +1,37 @@
+"""Line plots: ticks, gaps, and what lies outside."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from prfaas.loadgen.plan.plots import Line, LinePlot, log_ticks, nice_ticks, short
+
+
+def test_ticks_are_round_and_cover_the_axis() -> None:
+    assert nice_ticks(3.4) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert nice_ticks(100) == [0, 20, 40, 60, 80, 100]
+    assert log_ticks(128, 131072)[:3] == [200, 500, 1000]
+    assert short(20000) == "20K"
+
+
+@pytest.mark.parametrize("high", [1e-6, 0.7, 1, 7, 12345, 1e9])
+def test_there_are_four_to_eleven_ticks(high: float) -> None:
+    assert 4 <= len(nice_ticks(high)) <= 11
+
+
+def test_a_value_that_is_not_finite_or_too_high_leaves_a_gap() -> None:
+    plot = LinePlot("t", "x", "y", [Line("l", [1, 2, 3, 4, 5, 6], [1, 2, math.inf, 1, 2, 99])], y_top=3)
+    assert plot.svg().count("<polyline") == 2
+
+
+def test_text_is_escaped() -> None:
+    svg = LinePlot("a < b", "x", "y", [Line("<script>", [1, 2], [1, 2])]).svg()
+    assert "<script>" not in svg
+    assert "a &lt; b" in svg
+
+
+@pytest.mark.parametrize("line", [Line("l", [], []), Line("l", [5], [1]), Line("l", [1, 2], [0, 0])])
+@pytest.mark.parametrize("log_x", [False, True])
+def test_plots_of_next_to_nothing_are_drawn(line: Line, log_x: bool) -> None:
+    assert LinePlot("t", "x", "y", [line], log_x=log_x).svg().endswith("</svg>")
