@@ -2,8 +2,8 @@
 
 Saturated throughput is that of a closed loop, always `CONCURRENCY` requests under way. It finds E[T(L)], the mean time,
 where the paper's equations 3 to 5 put T(E[L]), the time of the mean length: prefill time grows faster than length, so
-each system carries a little less than planned. Latencies are of open loops (Poisson), everything admitted: at a share of
-each system's own saturated throughput, and of all three at one rate.
+each system carries a little less than planned. Latencies are of open loops (Poisson), everything admitted: at a share
+of each system's own saturated throughput, and of all three at one rate.
 """
 
 from __future__ import annotations
@@ -89,10 +89,7 @@ def run(system: System, requests: Load, concurrency: int = 0) -> Outcome:
 def report(seeds: int = DEFAULT_SEEDS, requests: int = DEFAULT_REQUESTS) -> dict[str, Any]:
     """Keys: the systems, each {planned_lambda_max, lambda_max, at_own_0.8, at_homogeneous_0.9}; ratio_homogeneous,
     ratio_naive, ttft_reduction; each figure with its 95 % confidence interval over seeds."""
-    last: dict[str, Any] = {}
-    for last in reports(seeds, requests):
-        pass
-    return last
+    return list(reports(seeds, requests))[-1]
 
 
 def reports(seeds: int, requests: int) -> Iterator[dict[str, Any]]:
@@ -139,10 +136,8 @@ def _over_seeds(each: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def as_text(made: dict[str, Any]) -> str:
     """A table for people."""
-    lines = [
-        f"the paper's case study, simulated: {made['seeds']} seeds of {made['requests']} requests, 95 % intervals",
-        "",
-    ]
+    counts = f"{made['seeds']} seeds of {made['requests']} requests"
+    lines = [f"the paper's case study, simulated: {counts}, 95 % intervals", ""]
     names = [name for name in made if isinstance(made[name], dict) and "lambda_max" in made[name]]
     lines.append(f"{'':34}" + "".join(f"{name:>22}" for name in names))
     lines.append(_row("planned Λ_max, requests/s", [f"{made[name]['planned_lambda_max']:.2f}" for name in names]))

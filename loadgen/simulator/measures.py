@@ -62,7 +62,8 @@ def ttft_s(outcome: Outcome) -> Floats:
 def tpot_s(outcome: Outcome) -> Floats:
     """Mean gap between tokens of each request; NaN where there was one token or none."""
     gaps = (outcome.output_tokens - 1).astype(np.float64)
-    return np.divide(outcome.end_s - outcome.first_token_s, gaps, out=np.full(gaps.shape, np.nan), where=gaps > 0)
+    spread_s = outcome.end_s - outcome.first_token_s
+    return np.asarray(np.divide(spread_s, gaps, out=np.full(gaps.shape, np.nan), where=gaps > 0))
 
 
 def good(outcome: Outcome, objective: Objective) -> NDArray[np.bool_]:
