@@ -110,6 +110,9 @@ class ClusterSnapshot:
     prefill_free_at_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     """When the node will have prefilled all that it was given, as predicted, on the clock of `now_s`: an instant needs
     no update while time passes."""
+    decode_free_at_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """When a place in the batch will be free for one more request, as predicted from what was dispatched; an instant
+    that has passed: there is one."""
     max_inflight_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """A node with so many is full."""
     links: LinkColumns = field(default_factory=lambda: LinkColumns.none(0))

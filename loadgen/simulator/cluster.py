@@ -42,6 +42,8 @@ class Cluster:
     role_switch_s: float = 30.0
     """What changing a drained node's role costs (s): weights stay, the KV memory is laid out anew and caches are lost;
     the paper doesn't say."""
+    link_estimate_s: float = 1.0
+    """What a policy sees of a link's bandwidth is so old (s): a few round trips and a window of measurement."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -97,6 +99,7 @@ class Cluster:
             profile=np.array(profile_of, np.int32),
             profiles=profiles,
             prefill_free_at_s=np.zeros(count),
+            decode_free_at_s=np.zeros(count),
             max_inflight_requests=np.full(count, self.max_inflight or UNLIMITED, np.int64),
             links=links,
         )

@@ -42,7 +42,7 @@ from prfaas.loadgen.simulator.cluster import (
 from prfaas.loadgen.simulator.decode import DecodeNode
 from prfaas.loadgen.simulator.link import SharedLink
 
-_START, _PREFILLED, _LINK, _KV_READY, _DECODE, _TICK, _CHANGE, _SWITCHED, _ARRIVE = range(9)
+_START, _PREFILLED, _LINK, _KV_READY, _DECODE, _TICK, _CHANGE, _SWITCHED, _ARRIVE, _LEARNED = range(10)
 _NEW, _PREFILL, _TRANSFER, _WAITING, _DECODING, DONE, REFUSED, _PARKED = range(8)
 _INF = float("inf")
 MAX_REQUESTS = 100_000_000
@@ -145,10 +145,13 @@ class Simulation:
     _pairs: list[tuple[int, int]] = field(init=False, default_factory=list)
     _link_of: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
     _pending_bytes: list[float] = field(init=False, default_factory=list)
+    _rtt_s: list[float] = field(init=False, default_factory=list)
     _link_due_s: list[float] = field(init=False, default_factory=list)
     _sent_before: list[float] = field(init=False, default_factory=list)
     _decode: dict[int, DecodeNode] = field(init=False, default_factory=dict)
     _decode_due_s: dict[int, float] = field(init=False, default_factory=dict)
+    _places: dict[int, list[float]] = field(init=False, default_factory=dict)
+    """Of each decode node, as dispatched: when each place of its batch will be free; a heap."""
     _draining: dict[int, int] = field(init=False, default_factory=dict)
     _dead: set[int] = field(init=False, default_factory=set)
     _parked: deque[int] = field(init=False, default_factory=deque)
@@ -172,6 +175,7 @@ class Simulation:
             self._link_of[pair] = len(self._links)
             self._pairs.append(pair)
             self._links.append(SharedLink(link.goodput_bytes_per_s))
+        self._rtt_s = [link.rtt_s for link in self.cluster.links.values()]
         self._pending_bytes = [0.0] * len(self._links)
         self._link_due_s = [_INF] * len(self._links)
         self._sent_before = [0.0] * len(self._links)
@@ -201,6 +205,8 @@ class Simulation:
     def _add_decode(self, row: int) -> None:
         self._decode[row] = DecodeNode(self.snapshot.profiles[int(self.snapshot.profile[row])])
         self._decode_due_s[row] = _INF
+        self._places[row] = []
+        self.snapshot.decode_free_at_s[row] = 0.0
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -226,6 +232,7 @@ class Simulation:
             self._on_change,
             self._on_switched,
             self._on_arrive,
+            self._on_learned,
         )
         while True:
             arrives_s = _INF if closed or self._next >= count else arrival[self._next]
@@ -298,6 +305,7 @@ class Simulation:
         start_s = max(snapshot.prefill_free_at_s.item(prefill), now_s + self._fetch_s(decision))
         done_s = start_s + prefill_s
         snapshot.prefill_free_at_s[prefill] = done_s
+        self._take_place(decode, answer_s=now_s + max(0.0, decision.predicted_ttft_s), output=self._output[i])
         if prefill != decode:
             snapshot.inflight_requests[prefill] += 1
             snapshot.inflight_tokens[prefill] += uncached
@@ -318,6 +326,17 @@ class Simulation:
             self._pending_bytes[k] += wire
             self._push(start_s, _START, i, attempt)
         self._push(done_s, _PREFILLED, i, attempt)
+
+    def _take_place(self, row: int, answer_s: float, output: int) -> None:
+        """Book a place in the batch of a decode node, from the predicted first token to the last one."""
+        node, places = self._decode[row], self._places[row]
+        batch = node.profile.max_batch
+        step_s = node.step_s or node.profile.step_s(1, 0)
+        if len(places) >= batch:
+            heapq.heapreplace(places, max(answer_s, places[0]) + output * step_s)
+        else:
+            heapq.heappush(places, answer_s + output * step_s)
+        self.snapshot.decode_free_at_s[row] = places[0] if len(places) >= batch else 0.0
 
     def _fetch_s(self, decision: Decision) -> float:
         """Seconds that a prefix takes over the WAN. A fetch is short beside a transfer and isn't made a flow."""
@@ -358,7 +377,7 @@ class Simulation:
         self._schedule_link(k)
 
     def _half_rtt_s(self, k: int) -> float:
-        return self.snapshot.links.rtt_s.item(*self._pairs[k]) / 2
+        return self._rtt_s[k] / 2
 
     def _prefill_left(self, i: int, node: int, now_s: float) -> None:
         if node != self._decode_node[i]:
@@ -486,9 +505,15 @@ class Simulation:
         k = self._link_of[pair]
         rate = change.link.goodput_bytes_per_s
         self._links[k].set_rate(rate, now_s)
-        self.snapshot.links.bandwidth_bytes_per_s[pair] = rate
-        self.snapshot.links.rtt_s[pair] = change.link.rtt_s
+        self._rtt_s[k] = change.link.rtt_s
         self._schedule_link(k)
+        self._push(now_s + self.cluster.link_estimate_s, _LEARNED, k, 0)
+
+    def _on_learned(self, _: float, k: int, __: int) -> None:
+        """The estimate that policies see has followed the link."""
+        links, pair = self.snapshot.links, self._pairs[k]
+        links.bandwidth_bytes_per_s[pair] = self._links[k].rate_bytes_per_s
+        links.rtt_s[pair] = self._rtt_s[k]
 
     def _lose_nodes(self, change: NodesLost, now_s: float) -> None:
         snapshot = self.snapshot
@@ -525,6 +550,8 @@ class Simulation:
             if row in self._decode:
                 left.update(self._decode[row].lose(now_s))
                 self._decode_due_s[row] = _INF
+                self._places[row] = []
+                self.snapshot.decode_free_at_s[row] = 0.0
         for i in again:
             self._withdraw(i, lost, now_s)
             if i in left and left[i] >= 0:
@@ -592,6 +619,7 @@ class Simulation:
         else:
             self._decode.pop(row)
             self._decode_due_s.pop(row)
+            self._places.pop(row)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
