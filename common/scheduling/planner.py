@@ -39,9 +39,12 @@ MAX_THRESHOLDS = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What requests look like. uncached: lengths that must be computed. output_tokens: mean. context_tokens: mean
-    tokens that a request holds while it decodes; None: the mean uncached length and half the output, which is too
-    little where prefixes are cached."""
+    """What requests look like.
+
+    uncached: lengths that must be computed, at least 1 (decode computes the last prompt token whatever is cached).
+    output_tokens: mean. context_tokens: mean tokens that a request holds while it decodes; None: the mean uncached
+    length and half the output, which is too little where prefixes are cached.
+    """
 
     uncached: LengthDistribution
     output_tokens: float

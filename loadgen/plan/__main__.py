@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from prfaas.common.errors import ConfigError, PrfaasError, UsageError
 from prfaas.loadgen.plan import command
@@ -13,9 +14,16 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; try {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 planned, 1 failed, 2 called wrongly or not feasible."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="prfaas-loadgen plan",
         usage="%(prog)s [flags]",
         description=command.DESCRIPTION,

@@ -16,15 +16,17 @@ from prfaas.common.scheduling.planner import Plan, plan, require
 from prfaas.loadgen.plan import case_paper, case_public, page, purchase, sensitivity, text
 from prfaas.loadgen.plan.inputs import Inputs, read
 from prfaas.loadgen.plan.inputs import add_arguments as add_inputs
+from prfaas.loadgen.workloads.length_specs import parse_lengths
+from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS
 
 DESCRIPTION = "Best threshold and prefill : decode split, most requests/s, egress, bottleneck, and what changes them."
 EXAMPLE = """\
 examples:
   prfaas-loadgen plan --case paper
   prfaas-loadgen plan --link-gbps 8 --html plan.html
-  prfaas-loadgen plan --profile lab.json --gpus 64 --lengths lengths.json"""
+  prfaas-loadgen plan --profile lab.json --gpus 64 --isl uniform:100:4000"""
 
-_PUBLIC_GPUS, _PUBLIC_TOKENS = 512, 32768
+_PUBLIC_GPUS, _PUBLIC_TOKENS = 512, "32768"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the report. Raises UsageError and ConfigError for wrong input, InfeasibleError when nothing can be served
     or the wanted rate can't be carried."""
     if args.case == "public":
-        _only(args, {"case", "json", "gpus", "input_tokens"})
-        made = case_public.report(args.gpus or _PUBLIC_GPUS, args.input_tokens or _PUBLIC_TOKENS)
+        _only(args, {"case", "json", "gpus", "random_input_len"})
+        tokens = parse_lengths(args.random_input_len or _PUBLIC_TOKENS, PAPER_INPUT_LENGTHS).mean()
+        made = case_public.report(args.gpus or _PUBLIC_GPUS, tokens)
         words = case_public.as_text(made)
     elif args.case == "paper":
         _only(args, {"case", "json", "html"})

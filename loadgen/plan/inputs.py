@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 from prfaas.common.errors import ConfigError, UsageError
-from prfaas.common.perfmodel.lengths import Empirical, LengthDistribution, TruncatedLogNormal, fixed, uniform
 from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.common.perfmodel.profiles import NodeProfile, named
 from prfaas.common.scheduling.planner import Demand, HomePool, OffloadPool, PlannerSettings
+from prfaas.loadgen.plan import workload
 
 MAX_GPUS = 1 << 20
-MAX_FILE_BYTES = 1 << 30
 DEFAULT_PREFILL, DEFAULT_DECODE = "paper-h200", "paper-h20"
 DEFAULT_PREFILL_GPUS, DEFAULT_DECODE_GPUS = 32, 64
 
@@ -72,14 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link-loss", type=_number(), default=0.0, metavar="X", help="share of bytes that are sent again [0]")
     add("--link-share", type=_number(above=0), metavar="X", help="most of the link that may be filled [0.9]")
     add("--wire-ratio", type=_number(above=0), default=1.0, metavar="X", help="bytes sent for a byte of KV [1]")
-    lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument("--input-lognormal", metavar="MU,SIGMA,LOW,HIGH", help="uncached lengths [9.9,1,128,131072]")
-    lengths.add_argument("--input-uniform", metavar="LOW,HIGH", help="equally likely lengths")
-    lengths.add_argument("--input-tokens", type=_whole(1, 1 << 30), metavar="N", help="every length is N")
-    lengths.add_argument("--lengths", metavar="FILE", help="JSON: [tokens, ...] or {lengths, weights}")
-    add("--output-tokens", type=_number(above=0), default=1024.0, metavar="N", help="mean output length [1024]")
+    workload.add_arguments(parser)
     add("--tpot", type=_number(above=0), default=25.0, metavar="MS", help="longest decode step, ms [25]")
-    add("--request-rate", type=_number(above=0), metavar="R", help="requests/s that must be carried, else exit 2")
+    add("--request-rate", type=_number(above=0), metavar="RATE", help="requests/s to be carried, else exit 2")
     add("--threshold", type=_number(), metavar="TOKENS", help="plan with this threshold instead of the best")
     add("--mode", choices=("mean_time", "time_of_mean"), help="E[T(L)], as queues find it, or the paper's T(E[L])")
 
@@ -95,7 +85,7 @@ def read(options: argparse.Namespace) -> Inputs:
         raise UsageError("--budget needs the prices: --prefill-gpu-cost and --decode-gpu-cost")
     if options.budget is not None and options.gpus is None and (prices.prefill == 0 or prices.decode == 0):
         raise UsageError("--budget buys any number of GPUs that cost nothing: name a price, or the most GPUs by --gpus")
-    lengths, workload = _lengths(options)
+    demand, words = workload.read(options)
     try:
         link = LinkProfile.of_gbps(options.link_gbps, loss=options.link_loss)
         settings = PlannerSettings(
@@ -107,8 +97,8 @@ def read(options: argparse.Namespace) -> Inputs:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return Inputs(
-        demand=Demand(lengths, options.output_tokens),
-        workload=workload,
+        demand=demand,
+        workload=words,
         home=HomePool(home, 0 if searched else _nodes(options.decode_gpus, DEFAULT_DECODE_GPUS, home, "decode")),
         far=OffloadPool(
             far, 0 if searched else _nodes(options.prefill_gpus, DEFAULT_PREFILL_GPUS, far, "prefill"), link
@@ -147,68 +137,6 @@ def _nodes(given: int | None, default: int, profile: NodeProfile, region: str) -
     if gpus % profile.gpus:
         raise UsageError(f"--{region}-gpus {gpus} are not whole nodes of {profile.gpus} GPUs (profile {profile.name})")
     return gpus // profile.gpus
-
-
-# -- lengths ----------------------------------------------------------------------------------------------------------
-
-
-def _lengths(options: argparse.Namespace) -> tuple[LengthDistribution, str]:
-    """The distribution and a word on it for the report."""
-    try:
-        if options.input_tokens is not None:
-            return fixed(options.input_tokens), f"{options.input_tokens:,} tokens each"
-        if options.input_uniform is not None:
-            low, high = _numbers(options.input_uniform, "--input-uniform LOW,HIGH", 2)
-            return uniform(int(low), int(high)), f"{low:,.0f} to {high:,.0f} tokens, uniform"
-        if options.lengths is not None:
-            made = read_lengths(Path(options.lengths))
-            return made, f"{options.lengths}: mean {made.mean():,.0f} tokens"
-        text = options.input_lognormal or "9.9,1,128,131072"
-        mu, sigma, low, high = _numbers(text, "--input-lognormal MU,SIGMA,LOW,HIGH", 4)
-        return TruncatedLogNormal(
-            mu, sigma, low, high
-        ), f"log-normal μ {mu:g}, σ {sigma:g} in {low:,.0f} to {high:,.0f}"
-    except ValueError as error:
-        raise UsageError(f"lengths: {error}") from None
-
-
-def read_lengths(path: Path) -> Empirical:
-    """A JSON list of lengths in tokens, or {"lengths": [...], "weights": [...]}. Raises ConfigError with the place."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError([f"{path}: more than {MAX_FILE_BYTES} bytes"])
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}"]) from None
-    except ValueError as error:
-        raise ConfigError([f"{path}: not JSON: {error}"]) from None
-    parts = document if isinstance(document, dict) else {"lengths": document}
-    if unknown := sorted(set(parts) - {"lengths", "weights"}):
-        raise ConfigError([f"{path}: unknown key {unknown[0]!r}; there are lengths and weights"])
-    try:
-        lengths = _array(parts.get("lengths"), "lengths")
-        return Empirical(lengths, None if parts.get("weights") is None else _array(parts["weights"], "weights"))
-    except ValueError as error:
-        raise ConfigError([f"{path}: {error}"]) from None
-
-
-def _array(values: Any, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    if not isinstance(values, list):
-        raise ValueError(f"{name} must be a list of numbers")
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name}: item {i + 1} is {value!r}; it must be a number")
-    return np.array(values, np.float64)
-
-
-def _numbers(text: str, flag: str, count: int) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise UsageError(f"{flag}: {text!r} must be {count} numbers with commas between")
-    return numbers
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:

@@ -67,19 +67,19 @@ class LinePlot:
             )
         for i, line in enumerate(self.lines):
             colour = COLOURS[i % len(COLOURS)]
-            parts += [_polyline(run, colour) for run in self._runs(line, y_high, place)]
-            row = TOP + 30 + 16 * i
-            parts.append(f'<rect x="{LEFT + 10}" y="{row - 9}" width="10" height="10" fill="{colour}"/>')
-            parts.append(_text(LEFT + 26, row, line.name, "start"))
+            parts += [_polyline([place(*point) for point in run], colour) for run in self._runs(line, y_high)]
+            if len(self.lines) > 1:
+                row = TOP + 30 + 16 * i
+                parts.append(f'<rect x="{LEFT + 10}" y="{row - 9}" width="10" height="10" fill="{colour}"/>')
+                parts.append(_text(LEFT + 26, row, line.name, "start"))
         return "\n".join([*parts, "</svg>"])
 
-    def _runs(self, line: Line, y_high: float, place: object) -> list[list[tuple[float, float]]]:
-        """Pieces without gaps; values above the top lie on it."""
-        assert callable(place)
+    def _runs(self, line: Line, y_high: float) -> list[list[tuple[float, float]]]:
+        """Pieces without gaps."""
         runs: list[list[tuple[float, float]]] = [[]]
         for x, y in zip(line.x, line.y, strict=True):
             if math.isfinite(x) and math.isfinite(y) and y <= y_high * 1.0001 and (x > 0 or not self.log_x):
-                runs[-1].append(place(x, y))
+                runs[-1].append((x, y))
             elif runs[-1]:
                 runs.append([])
         return [run for run in runs if run]

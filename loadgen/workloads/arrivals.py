@@ -59,76 +59,95 @@ class SteadyRate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RateCurve:
-    """`requests_per_s[k]` from `starts_s[k]` to the next start; starts_s[0] = 0, ascending.
+    """A rate in steps or, with `ends_per_s`, in straight lines.
 
-    `period_s`: after it the curve begins anew (a day). Without one the last rate goes on for ever, and must be above 0.
+    From starts_s[k] to the next start the rate goes from requests_per_s[k] to ends_per_s[k] (None: stays). starts_s
+    ascends from 0. `period_s`: after it the curve begins anew (a day). Without one the last rate goes on for ever; it
+    must be above 0 and level.
     """
 
     starts_s: NDArray[np.float64]
     requests_per_s: NDArray[np.float64]
     period_s: float | None = None
+    ends_per_s: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
-        starts, rates = self.starts_s, self.requests_per_s
-        if not 1 <= starts.size <= MAX_RATE_STEPS or starts.shape != rates.shape:
+        starts, rates, ends = self.starts_s, self.requests_per_s, self._ends()
+        if not 1 <= starts.size <= MAX_RATE_STEPS or not starts.shape == rates.shape == ends.shape:
             raise ConfigError([f"a rate curve has 1 to {MAX_RATE_STEPS:,} steps, not {starts.size:,}"])
         if starts[0] != 0 or not np.all(np.diff(starts) > 0):
             raise ConfigError(["the times of a rate curve begin at 0 and ascend"])
-        if not (np.all(np.isfinite(rates)) and np.all(rates >= 0)):
+        if not np.all(np.isfinite([rates, ends])) or np.any(np.minimum(rates, ends) < 0):
             raise ConfigError(["the rates of a rate curve are finite and not negative"])
-        if self.period_s is None and not rates[-1] > 0:
+        if self.period_s is None and not 0 < rates[-1] == ends[-1]:
             raise ConfigError(["the last rate of a curve without a period goes on for ever, so it must be above 0"])
-        if self.period_s is not None and not (starts[-1] < self.period_s < math.inf and self._once()[-1] > 0):
+        if self.period_s is not None and not (starts[-1] < self.period_s < math.inf and self._counts()[-1] > 0):
             raise ConfigError([f"a period of {self.period_s:g} s must hold the whole curve and at least some requests"])
+
+    @classmethod
+    def through(cls, times_s: NDArray[np.float64], requests_per_s: NDArray[np.float64]) -> RateCurve:
+        """Straight lines through the points; the last rate goes on."""
+        return cls(times_s, requests_per_s, None, np.append(requests_per_s[1:], requests_per_s[-1]))
 
     def mean(self) -> float:
         """Over a period, or, without one, over the time until the last change; of a single step its rate."""
         if self.period_s is not None:
-            return float(self._once()[-1] / self.period_s)
+            return float(self._counts()[-1] / self.period_s)
         if self.starts_s.size == 1:
             return float(self.requests_per_s[0])
-        return float(np.average(self.requests_per_s[:-1], weights=np.diff(self.starts_s)))
+        return float(self._counts()[-1] / self.starts_s[-1])
 
     def scaled(self, factor: float) -> RateCurve:
-        return RateCurve(self.starts_s, self.requests_per_s * factor, self.period_s)
+        """`factor` times as many requests at any time."""
+        ends = None if self.ends_per_s is None else self.ends_per_s * factor
+        return RateCurve(self.starts_s, self.requests_per_s * factor, self.period_s, ends)
 
     def faster(self, speedup: float) -> RateCurve:
         """The same requests in less time."""
         period_s = None if self.period_s is None else self.period_s / speedup
-        return RateCurve(self.starts_s / speedup, self.requests_per_s * speedup, period_s)
+        curve = RateCurve(self.starts_s / speedup, self.requests_per_s, period_s, self.ends_per_s)
+        return curve.scaled(speedup)
 
     def expected(self, until_s: float) -> float:
-        counts = self._once()
-        if self.period_s is not None:
-            rounds, within = divmod(until_s, self.period_s)
-            edges = np.append(self.starts_s, self.period_s)
-            return float(rounds * counts[-1] + np.interp(within, edges, counts))
-        beyond = max(until_s - self.starts_s[-1], 0.0) * self.requests_per_s[-1]
-        return float(np.interp(until_s, self.starts_s, counts) + beyond)
+        rounds, within = (0.0, until_s) if self.period_s is None else divmod(until_s, self.period_s)
+        k = int(np.searchsorted(self.starts_s, within, side="right")) - 1
+        slopes, counts = self._slopes(), self._counts()
+        passed = within - float(self.starts_s[k])
+        part = passed * float(self.requests_per_s[k]) + passed**2 / 2 * float(slopes[k])
+        return rounds * float(counts[-1]) + float(counts[k]) + part
 
     def times_of(self, expected: NDArray[np.float64]) -> NDArray[np.float64]:
-        counts = self._once()
-        if self.period_s is not None:
-            rounds = np.floor(expected / counts[-1])
-            edges = np.append(self.starts_s, self.period_s)
-            within = expected - rounds * counts[-1]
-            return np.asarray(rounds * self.period_s + self._inverse(within, counts, edges), np.float64)
-        beyond = (expected - counts[-1]) / self.requests_per_s[-1] + self.starts_s[-1]
-        within = self._inverse(expected, counts, self.starts_s)
-        return np.asarray(np.where(expected < counts[-1], within, beyond), np.float64)
+        counts = self._counts()
+        rounds = np.zeros_like(expected) if self.period_s is None else np.floor(expected / counts[-1])
+        within = expected - rounds * counts[-1]
+        # From the right: while the rate is 0 the integral stands still, and nothing arrives before it rises again.
+        k = np.clip(np.searchsorted(counts, within, side="right") - 1, 0, self.starts_s.size - 1)
+        missing, rate, slope = within - counts[k], self.requests_per_s[k], self._slopes()[k]
+        # The root of rate · t + slope · t² / 2 = missing, in the form that has no difference of near numbers.
+        below = rate + np.sqrt(np.maximum(rate**2 + 2 * slope * missing, 0.0))
+        passed = np.divide(2 * missing, below, out=np.zeros_like(missing), where=below > 0)
+        return np.asarray(rounds * (self.period_s or 0.0) + self.starts_s[k] + passed, np.float64)
 
-    def _once(self) -> NDArray[np.float64]:
-        """The integral at each start, and at the period's end if there is one."""
+    def _ends(self) -> NDArray[np.float64]:
+        return self.requests_per_s if self.ends_per_s is None else self.ends_per_s
+
+    def _widths(self) -> NDArray[np.float64]:
+        """Of the steps that end: all with a period, all but the last without."""
         edges = self.starts_s if self.period_s is None else np.append(self.starts_s, self.period_s)
-        return np.concatenate(([0.0], np.cumsum(np.diff(edges) * self.requests_per_s[: edges.size - 1])))
+        return np.diff(edges)
 
-    @staticmethod
-    def _inverse(
-        expected: NDArray[np.float64], counts: NDArray[np.float64], edges: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        # Where the rate is 0 the integral stands still; only the end of such a stretch can be an arrival.
-        last_of_equals = np.append(np.diff(counts) > 0, True)
-        return np.asarray(np.interp(expected, counts[last_of_equals], edges[last_of_equals]), np.float64)
+    def _slopes(self) -> NDArray[np.float64]:
+        """Of all steps; 0 for one without an end."""
+        widths = self._widths()
+        slopes = np.zeros(self.starts_s.size)
+        slopes[: widths.size] = (self._ends() - self.requests_per_s)[: widths.size] / widths
+        return slopes
+
+    def _counts(self) -> NDArray[np.float64]:
+        """The integral at each start and, with a period, at its end."""
+        widths = self._widths()
+        means = (self.requests_per_s + self._ends())[: widths.size] / 2
+        return np.concatenate(([0.0], np.cumsum(widths * means)))
 
 
 @dataclass(frozen=True, slots=True)

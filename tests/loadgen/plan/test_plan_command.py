@@ -140,7 +140,7 @@ def test_one_profile_for_both_regions_and_lengths_from_a_file(
     """A measured histogram; the profile's own file."""
     profiles.save(profiles.shipped("paper-h20"), tmp_path / "lab.json")
     (tmp_path / "lengths.json").write_text('{"lengths": [1000, 50000], "weights": [3, 1]}')
-    files = ("--profile", str(tmp_path / "lab.json"), "--lengths", str(tmp_path / "lengths.json"))
+    files = ("--profile", str(tmp_path / "lab.json"), "--histogram", str(tmp_path / "lengths.json"))
     made = planned(capsys, *files, "--prefill-gpus", "64")
     assert made["inputs"]["mean_input_tokens"] == 13_250
     assert made["inputs"]["prefill_region"]["profile"] == made["inputs"]["home_region"]["profile"] == "paper-h20"
@@ -151,17 +151,47 @@ def test_one_profile_for_both_regions_and_lengths_from_a_file(
 @pytest.mark.parametrize(
     ("flags", "mean"),
     [
-        (("--input-tokens", "777"), 777),
-        (("--input-uniform", "100,300"), 200),
-        (("--input-lognormal", "5,0.5,10,900"), 167),
+        (("--isl", "777"), 777),
+        (("--random-input-len", "uniform:100:300"), 200),
+        (("--input-len", "lognormal:5:0.5:10:900"), 167),
+        (("--isl", "paper"), 27486),
     ],
 )
 def test_other_lengths(capsys: pytest.CaptureFixture[str], flags: tuple[str, str], mean: float) -> None:
     assert planned(capsys, *flags)["inputs"]["mean_input_tokens"] == pytest.approx(mean, rel=0.01)
 
 
+MOONCAKE = """\
+{"timestamp": 0, "input_length": 1500, "output_length": 100, "hash_ids": [1, 2, 3]}
+{"timestamp": 1, "input_length": 2000, "output_length": 200, "hash_ids": [1, 2, 4, 5]}
+{"timestamp": 2, "input_length": 1500, "output_length": 300, "hash_ids": [1, 2, 3]}
+{"timestamp": 3, "input_length": 40000, "output_length": 200, "hash_ids": []}
+"""
+
+
+def test_a_trace_is_planned_with_and_without_its_prefix_hits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of the second request two blocks of 512 were seen, of the third all; the fourth shares nothing."""
+    file = tmp_path / "trace.jsonl"
+    file.write_text(MOONCAKE)
+    flags = ("--dataset-name", "mooncake_trace", "--dataset-path", str(file))
+    cold, warm = planned(capsys, *flags), planned(capsys, *flags, "--prefix-hits", "all")
+    assert cold["inputs"]["mean_input_tokens"] == (1500 + 2000 + 1500 + 40000) / 4
+    assert warm["inputs"]["mean_input_tokens"] == (1500 + 976 + 1 + 40000) / 4
+    assert cold["inputs"]["output_tokens"] == 200
+    assert "4 requests, prefix hits: all" in warm["inputs"]["workload"]
+
+
+def test_a_trace_with_a_broken_line_says_which(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text(MOONCAKE + '{"timestamp": 4, "input_length": -5, "output_length": 1}\n')
+    said = refused(capsys, "--dataset-name", "mooncake_trace", "--dataset-path", str(file))
+    assert f"{file} line 5: the input length is -5" in said
+
+
 def test_lengths_beyond_the_profile_are_remarked(capsys: pytest.CaptureFixture[str]) -> None:
-    notes = planned(capsys, "--input-tokens", "300000")["notes"]
+    notes = planned(capsys, "--isl", "300000")["notes"]
     assert any("measured up to 130,000" in note for note in notes)
 
 
@@ -226,7 +256,7 @@ class Page(HTMLParser):
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
-@pytest.mark.parametrize("flags", [(), ("--case", "paper"), ("--prefill-gpus", "0"), ("--input-tokens", "500")])
+@pytest.mark.parametrize("flags", [(), ("--case", "paper"), ("--prefill-gpus", "0"), ("--isl", "500")])
 def test_the_page_stands_alone_and_its_plots_are_sound(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -296,18 +326,24 @@ def test_an_infeasible_plan_says_what_is_missing(
         (("--budget", "-5"), "must be a number above 0"),
         (("--link-loss", "1"), "loss = 1.0 must be at least 0 and below 1"),
         (("--link-share", "2"), "link_share = 2.0 must be at most 1"),
-        (("--input-lognormal", "9,1"), "must be 4 numbers with commas between"),
-        (("--input-lognormal", "9,-1,5,10"), "sigma above 0"),
-        (("--input-uniform", "9,3"), "must not be above"),
-        (("--input-tokens", "0"), "'0' must be a whole number"),
-        (("--input-tokens", "5", "--input-uniform", "1,2"), "not allowed with"),
+        (("--isl", "lognormal:9:1"), "is no distribution of lengths"),
+        (("--isl", "lognormal:9:-1:5:10"), "sigma above 0"),
+        (("--isl", "lognormal:9:0.5:1:200"), "nothing between 1 and 200"),
+        (("--isl", "0"), "lengths from 0 to 0 tokens"),
+        (("--isl", "5", "--histogram", "a.json"), "--histogram and --random-input-len both"),
+        (("--prefix-hits", "all"), "--prefix-hits is for --dataset-name mooncake_trace"),
+        (("--dataset-name", "azure_trace"), "needs the file: --dataset-path"),
+        (("--dataset-name", "azure_trace", "--isl", "5"), "--random-input-len is for --dataset-name random"),
+        (("--dataset-name", "azure_trace", "--dataset-path", "/no/trace.csv"), "/no/trace.csv: No such file"),
         (("--html", "/no/such/folder/a.html"), "--html /no/such/folder/a.html: No such file"),
     ],
 )
 def test_a_mistake_is_one_line_with_what_is_wrong(
     flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in refused(capsys, *flags)
+    said = refused(capsys, *flags)
+    assert told in said
+    assert len(said.splitlines()) == (2 if "--prefill-profile" in flags else 1)  # two files, two mistakes
 
 
 @pytest.mark.parametrize(
@@ -327,7 +363,7 @@ def test_a_wrong_file_of_lengths_is_refused(
     text: str, told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "l.json").write_text(text)
-    said = refused(capsys, "--lengths", str(tmp_path / "l.json"))
+    said = refused(capsys, "--histogram", str(tmp_path / "l.json"))
     assert f"{tmp_path}/l.json: " in said
     assert told in said
 
@@ -361,5 +397,5 @@ def test_no_inf_or_nan_reaches_the_json(capsys: pytest.CaptureFixture[str]) -> N
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             finite(part)
 
-    for flags in (("--case", "paper"), (), ("--prefill-gpus", "0"), ("--threshold", "0"), ("--input-tokens", "9")):
+    for flags in (("--case", "paper"), (), ("--prefill-gpus", "0"), ("--threshold", "0"), ("--isl", "9")):
         finite(planned(capsys, *flags))

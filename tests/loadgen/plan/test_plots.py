@@ -26,8 +26,10 @@ def test_a_value_that_is_not_finite_or_too_high_leaves_a_gap() -> None:
 
 
 def test_text_is_escaped() -> None:
-    svg = LinePlot("a < b", "x", "y", [Line("<script>", [1, 2], [1, 2])]).svg()
+    lines = [Line("<script>", [1, 2], [1, 2]), Line("other", [1, 2], [2, 1])]
+    svg = LinePlot("a < b", "x", "y", lines).svg()
     assert "<script>" not in svg
+    assert "&lt;script&gt;" in svg
     assert "a &lt; b" in svg
 
 
