@@ -63,8 +63,8 @@ class RouteSettings:
     """Bytes on the wire for a byte of KV; a codec brings it below 1."""
     link_margin: float = 2.0
     """Bytes that are ahead on a link and the request's own count so often: under fair sharing it waits for smaller ones
-    that come later, too. Measured with a link that falls to a twelfth: at 1 a tenth of those admitted came too late, at 2
-    one in a hundred."""
+    that come later, too. Measured with a link that falls to a twelfth: at 1 a tenth of those admitted came too late, at
+    2 one in a hundred."""
     layers: int = 64
     """Steps in which KV leaves during prefill: the last one's bytes are always exposed."""
 

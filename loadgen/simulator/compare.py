@@ -70,7 +70,7 @@ def figures(scenario: Scenario, outcome: Outcome) -> Figures:
         float(first_s.mean()) if first_s.size else float("nan"),
         float(np.quantile(first_s, 0.9)) if first_s.size else float("nan"),
         float(outcome.offloaded[served].mean()) if first_s.size else float("nan"),
-        float(1 - np.count_nonzero(served) / max(1, np.count_nonzero(inside))),
+        1 - int(np.count_nonzero(served)) / max(1, int(np.count_nonzero(inside))),
         float(outcome.wire_bytes[served].sum()) / (end_s - start_s) * 8e-9,
     )
 

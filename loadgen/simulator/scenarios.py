@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.loadgen.plan import case_paper as planned
 from prfaas.loadgen.simulator.case_paper import AWAY, HOME, RTT_S, systems
@@ -64,7 +65,7 @@ class Scenario:
             PAPER_OUTPUT_LENGTHS.sample(arrival_s.size, rngs.output_lengths),
         )
 
-    def _prompts(self, arrival_s: np.ndarray, rngs: Rngs) -> np.ndarray:  # type: ignore[type-arg]
+    def _prompts(self, arrival_s: NDArray[np.float64], rngs: Rngs) -> NDArray[np.int64]:
         """Lengths of each phase's distribution from the same quantiles: a shift keeps who is long."""
         base = PAPER_INPUT_LENGTHS
         state = rngs.input_lengths.bit_generator.state
