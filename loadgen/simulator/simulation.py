@@ -54,7 +54,11 @@ class PrefixCaches(Protocol):
     def matches(self, i: int) -> PrefixMatches | None: ...
 
     def prefilled(self, i: int, region: int, node: int) -> None:
-        """The request's KV is complete in this region, on this node."""
+        """The prompt's KV is complete in this region, on this node."""
+        ...
+
+    def decoded(self, i: int, region: int) -> None:
+        """So is that of its output."""
         ...
 
 
@@ -417,6 +421,8 @@ class Simulation:
             self._joins(i, row, now_s)
         for i in ended:
             self._decode_left(i, row)
+            if self.caches is not None:
+                self.caches.decoded(i, self.snapshot.region.item(row))
             self._ended(i, DONE, now_s)
         self._schedule_decode(row)
         if self._draining:
