@@ -82,7 +82,8 @@ class RegionCaches:
 
 
 def _keys(block_ids: NDArray[np.int64]) -> list[int]:
-    return np.where(block_ids < 0, _OWN_KEYS - block_ids, block_ids).tolist()
+    keys: list[int] = np.where(block_ids < 0, _OWN_KEYS - block_ids, block_ids).tolist()
+    return keys
 
 
 @dataclass(slots=True)

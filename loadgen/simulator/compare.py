@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from prfaas.common.scheduling.policies import AdaptiveThreshold, StaticThreshold
 from prfaas.common.scheduling.types import AdmittingPolicy, ClusterSnapshot
+from prfaas.loadgen.simulator.caches import CacheBlind
+from prfaas.loadgen.simulator.case_paper import HOME
 from prfaas.loadgen.simulator.measures import Objective, goodput, offered, ttft_s
 from prfaas.loadgen.simulator.scenarios import Scenario
 from prfaas.loadgen.simulator.simulation import DONE, Load, Outcome, Simulation
@@ -75,42 +77,62 @@ def figures(scenario: Scenario, outcome: Outcome) -> Figures:
     )
 
 
-def simulate(scenario: Scenario, load: Load, policy: AdmittingPolicy, on_tick: Tick | None = None) -> Outcome:
-    """One run of one policy."""
-    return Simulation(scenario.cluster, load, policy, scenario.changes, on_tick=on_tick).run()
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What one seed gives to every policy."""
+
+    scenario: Scenario
+    seed: int
+    load: Load
+
+    @classmethod
+    def of(cls, scenario: Scenario, seed: int) -> Given:
+        return cls(scenario, seed, scenario.load(seed))
+
+    def simulate(self, policy: AdmittingPolicy, on_tick: Tick | None = None) -> Outcome:
+        """One run of one policy."""
+        scenario = self.scenario
+        caches = scenario.caches(self.seed)
+        return Simulation(scenario.cluster, self.load, policy, scenario.changes, caches=caches, on_tick=on_tick).run()
 
 
-def adaptive(scenario: Scenario, load: Load) -> Outcome:
+def adaptive(given: Given) -> Outcome:
     """Ours, as it starts from the plan."""
-    policy = AdaptiveThreshold(planned_tokens=scenario.planned_threshold_tokens)
-    return simulate(scenario, load, policy, policy.adapt)
+    policy = AdaptiveThreshold(planned_tokens=given.scenario.planned_threshold_tokens)
+    return given.simulate(policy, policy.adapt)
 
 
-def static(scenario: Scenario, load: Load, threshold_tokens: float) -> Outcome:
+def cache_blind(given: Given) -> Outcome:
+    """Ours, but not told what caches hold."""
+    policy = AdaptiveThreshold(planned_tokens=given.scenario.planned_threshold_tokens)
+    return given.simulate(CacheBlind(policy), policy.adapt)
+
+
+def static(given: Given, threshold_tokens: float) -> Outcome:
     """The paper's rule with a threshold that stays."""
-    return simulate(scenario, load, StaticThreshold(threshold_tokens=threshold_tokens))
+    return given.simulate(StaticThreshold(threshold_tokens=threshold_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Thresholds by phase: before the event, in it, after it. price None: the static rule."""
+    """Thresholds by phase: before the event, in it, after it; one where nothing happens. price None: the static rule."""
 
     thresholds: tuple[float, ...]
     price: float | None = None
     spill: float = 0.0
 
 
-def scheduled(scenario: Scenario, load: Load, schedule: Schedule) -> Outcome:
+def scheduled(given: Given, schedule: Schedule) -> Outcome:
     """A policy that knows when things change."""
     policy: StaticThreshold | AdaptiveThreshold
     if schedule.price is None:
         policy = StaticThreshold(threshold_tokens=schedule.thresholds[0])
     else:
         policy = AdaptiveThreshold(planned_tokens=schedule.thresholds[0], spill=schedule.spill)
-    home = scenario.cluster.region_names.index("pd")
+    home = given.scenario.cluster.region_names.index(HOME)
 
     def tick(now_s: float, _: ClusterSnapshot) -> None:
-        phase = sum(now_s >= instant for instant in scenario.instants_s)
+        phase = sum(now_s >= instant for instant in given.scenario.instants_s)
         if isinstance(policy, StaticThreshold):
             policy.threshold_tokens = schedule.thresholds[phase]
         else:
@@ -119,17 +141,17 @@ def scheduled(scenario: Scenario, load: Load, schedule: Schedule) -> Outcome:
             control.price = schedule.price or 0.0
 
     tick(0.0, ClusterSnapshot())
-    return simulate(scenario, load, policy, tick)
+    return given.simulate(policy, tick)
 
 
 def compare(scenario: Scenario, seed: int) -> Compared:
     """All sides on one seed's requests."""
-    load = scenario.load(seed)
+    given = Given.of(scenario, seed)
     planned_tokens = scenario.planned_threshold_tokens
-    ours = figures(scenario, adaptive(scenario, load))
-    statics = {t: figures(scenario, static(scenario, load, t)) for t in static_grid(planned_tokens)}
+    ours = figures(scenario, adaptive(given))
+    statics = {t: figures(scenario, static(given, t)) for t in static_grid(planned_tokens)}
     best = max(statics, key=lambda t: statics[t].goodput)
-    schedule, found, tried = _search(scenario, load, best)
+    schedule, found, tried = _search(given, best)
     named = f"static {best:.0f}"
     if found.goodput > statics[best].goodput:
         rule = "static" if schedule.price is None else f"price {schedule.price:g}, spill {schedule.spill:g}"
@@ -138,38 +160,38 @@ def compare(scenario: Scenario, seed: int) -> Compared:
         found = statics[best]
     if ours.goodput > found.goodput:
         found, named = ours, "adaptive"
-    return Compared(
-        {"adaptive": ours, "planned": statics[planned_tokens], "static": statics[best], "clairvoyant": found},
-        best,
-        named,
-        tried + len(statics),
-    )
+    made = {"adaptive": ours, "planned": statics[planned_tokens], "static": statics[best], "clairvoyant": found}
+    if scenario.caches(seed) is not None:
+        made["cache_blind"] = figures(scenario, cache_blind(given))
+    return Compared(made, best, named, tried + len(statics))
 
 
 def static_grid(planned_tokens: float) -> list[float]:
     return [0.0, *(planned_tokens * factor for factor in STATIC_FACTORS), float("inf")]
 
 
-def _search(scenario: Scenario, load: Load, best_static: float) -> tuple[Schedule, Figures, int]:
-    """Coordinate ascent over the phases of each rule. The phase before the event stays as planned: the window begins
+def _search(given: Given, best_static: float) -> tuple[Schedule, Figures, int]:
+    """Coordinate ascent over the phases of each rule. The phase before an event stays as planned: the window begins
     with the event."""
+    scenario = given.scenario
     planned_tokens = scenario.planned_threshold_tokens
     grid = [planned_tokens * factor for factor in PHASE_FACTORS]
     best: tuple[Figures, Schedule] | None = None
     tried = 0
+    start = best_static if np.isfinite(best_static) else planned_tokens
     for price, spill in ((None, 0.0), *PRICED):
-        start = best_static if np.isfinite(best_static) else planned_tokens
-        schedule = Schedule((planned_tokens, start, planned_tokens), price, spill)
-        current = figures(scenario, scheduled(scenario, load, schedule))
+        thresholds = (planned_tokens, start, planned_tokens) if scenario.instants_s else (start,)
+        schedule = Schedule(thresholds, price, spill)
+        current = figures(scenario, scheduled(given, schedule))
         changed = True
         while changed:
             changed = False
-            for phase in (1, 2):
+            for phase in range(1 if scenario.instants_s else 0, len(thresholds)):
                 for other in _neighbours(schedule, phase, grid):
-                    made = figures(scenario, scheduled(scenario, load, other))
+                    made = figures(scenario, scheduled(given, other))
                     tried += 1
                     if made.goodput > current.goodput:
-                        current, schedule, changed = made, other, True
+                        current, schedule, changed = made, other, bool(scenario.instants_s)
         if best is None or current.goodput > best[0].goodput:
             best = current, schedule
     assert best is not None

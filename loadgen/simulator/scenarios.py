@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.loadgen.plan import case_paper as planned
+from prfaas.loadgen.simulator.caches import RegionCaches
 from prfaas.loadgen.simulator.case_paper import AWAY, HOME, RTT_S, systems
 from prfaas.loadgen.simulator.cluster import Change, Cluster, LinkChange, NodesBack, NodesLost
 from prfaas.loadgen.simulator.simulation import Load
@@ -64,6 +65,10 @@ class Scenario:
             self._prompts(arrival_s, rngs),
             PAPER_OUTPUT_LENGTHS.sample(arrival_s.size, rngs.output_lengths),
         )
+
+    def caches(self, seed: int) -> RegionCaches | None:
+        """New ones for one run; None: the prompts have nothing in common."""
+        return None
 
     def _prompts(self, arrival_s: NDArray[np.float64], rngs: Rngs) -> NDArray[np.int64]:
         """Lengths of each phase's distribution from the same quantiles: a shift keeps who is long."""
