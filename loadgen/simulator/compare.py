@@ -115,7 +115,7 @@ def static(given: Given, threshold_tokens: float) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Thresholds by phase: before the event, in it, after it; one where nothing happens. price None: the static rule."""
+    """Thresholds by phase: before the event, in it, after it; one where nothing happens. price None: static rule."""
 
     thresholds: tuple[float, ...]
     price: float | None = None

@@ -1,8 +1,8 @@
 """The conversation trace on the paper's hardware: real lengths, real arrivals, and prefixes that repeat.
 
-Thresholds and the split of the home nodes are planned from the trace's own lengths as if no cache held anything, which
-is what a planner knows on the first day. The trace is replayed faster than it was recorded, so that the cluster is
-loaded to `LOAD_SHARE` of what that plan carries.
+The threshold and the split of the home nodes are planned from the trace's uncached lengths, as one pool that saw all
+requests would leave them: what a planner measures where the day before was like this one. The trace is replayed faster
+than it was recorded, so that the cluster is loaded to `LOAD_SHARE` of what that plan carries.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from prfaas.loadgen.simulator.cluster import Cluster, Group
 from prfaas.loadgen.simulator.scenarios import Scenario
 from prfaas.loadgen.simulator.simulation import Load
 from prfaas.loadgen.workloads.lines import read_lines
+from prfaas.loadgen.workloads.prefixes import TracePrefixes
 from prfaas.loadgen.workloads.replay import TraceCut, TraceTimes, trace_workload
 from prfaas.loadgen.workloads.rngs import Rngs
 from prfaas.loadgen.workloads.traces import Trace, read_mooncake
 from prfaas.loadgen.workloads.workload import Workload
 
-LOAD_SHARE = 1.15
-"""Of the rate that is planned without caches: their hits make room for the rest."""
+LOAD_SHARE = 0.9
+"""Of the planned Λ_max, in which cache hits are counted."""
 TRACE_S = 1800.0
 """So much of the trace, in its own time."""
 WARM_SHARE = 0.25
@@ -91,7 +92,9 @@ def scenario_of(trace: Trace, load_share: float = LOAD_SHARE, trace_s: float = T
     seen = trace.at_s < lasts_s
     h20, h200 = shipped("paper-h20"), shipped("paper-h200")
     output = trace.output_tokens[seen]
-    demand = Demand(sample_of(trace.prompt_tokens[seen]), float(output.mean()))
+    context_tokens = float(trace.prompt_tokens[seen].mean() + output.mean() / 2)
+    uncached = uncached_lengths(trace, int(np.count_nonzero(seen)), cache_sizes(h200, trace.block_tokens))
+    demand = Demand(sample_of(uncached), float(output.mean()), context_tokens)
     link = LinkProfile(LINK.bandwidth_bytes_per_s, RTT_S)
     best = plan(demand, HomePool(h20, 8), (OffloadPool(h200, 4, link),), replace(LIVE, tpot_limit_s=0.025))
     rate = load_share * best.lambda_max
@@ -120,6 +123,19 @@ def scenario_of(trace: Trace, load_share: float = LOAD_SHARE, trace_s: float = T
         speedup=speedup,
         trace_s=lasts_s,
     )
+
+
+def uncached_lengths(trace: Trace, requests: int, sizes: CacheSizes) -> NDArray[np.int64]:
+    """What one pool of the home region's size leaves to be computed of the trace's first requests, in their order."""
+    prompts = trace.prompt_tokens[:requests]
+    prefixes = TracePrefixes(trace.block_tokens, prompts, trace.block_offsets[: requests + 1], trace.block_ids)
+    pool = RegionCaches(prefixes, prompts, sizes, {0: CAPACITY_BYTES[HOME]})
+    held = np.zeros(requests, np.int64)
+    for i in range(requests):
+        matches = pool.matches(i)
+        held[i] = 0 if matches is None else matches.in_region(0)
+        pool.prefilled(i, 0, 0)
+    return prompts - held
 
 
 def synthetic(seed: int = 0, conversations: int = 400, block_tokens: int = 512) -> Trace:
