@@ -89,6 +89,7 @@ class TransferReport:
     """What one side knows of a transfer; instants are seconds of this process's monotonic clock."""
 
     raw_bytes: int = 0
+    """Of KV. Sender: with what was sent again. Receiver: each byte once."""
     wire_bytes: int = 0
     """Bytes handed to (or taken from) the sockets for CHUNK frames, headers included."""
     layer_at_s: dict[int, float] = field(default_factory=dict)

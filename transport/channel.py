@@ -1,14 +1,14 @@
 """One lane of a session: the protocol state below, the queue of what is to be written above.
 
-A channel writes at most one chunk ahead of the socket, in pieces of at most `MAX_WRITE_BYTES`; control frames go
-between chunks. So the session decides late which chunk goes where (the lane that is free first takes the next), and a
-chunk is known to be *sent* when the lane has nothing unsent.
+A channel writes what the session gives it, a large chunk in pieces of at most `MAX_WRITE_BYTES`, and asks for more
+when the lane has nothing unsent; control frames go between. So the session decides late which chunk goes where (the
+lane that is free first takes the next), and chunks are known to be *sent* when the lane has nothing unsent.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prfaas.common.errors import PeerError
@@ -19,7 +19,7 @@ from prfaas.transport.frames import MAX_REASON_CHARS, ControlBody, Error, FrameH
 from prfaas.transport.transfer import Cut
 
 if TYPE_CHECKING:
-    from prfaas.transport.lanes.api import Lane, LaneSample
+    from prfaas.transport.lanes.api import Buffer, Lane, LaneSample
     from prfaas.transport.sending import TransferSender
 
 MAX_WRITE_BYTES = 1 << 20
@@ -27,11 +27,13 @@ MAX_WRITE_BYTES = 1 << 20
 TURN_BYTES = 4 << 20
 """After so many bytes in one turn a channel lets the loop go on, even if the kernel would take more."""
 CLOSING_S = 1.0
-"""How long an ERROR frame may take to leave before the lane is aborted."""
+"""How long the rest of a chunk and an ERROR frame may take to leave before the lane is aborted."""
 
 MAX_QUEUED_BYTES = 8 << 20
 """Control frames that may wait for a lane; thousands of OPENs, the largest that are usual. A peer that makes us answer
 (PINGs, chunks) but reads nothing would fill our memory otherwise."""
+
+_NOTHING = memoryview(b"")
 
 log = get_logger("transport")
 
@@ -54,9 +56,11 @@ class ChannelOwner(Protocol):
 
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None: ...
 
-    def next_outgoing(self, channel: Channel) -> Outgoing | None: ...
+    def next_outgoing(self, channel: Channel) -> Sequence[Outgoing]:
+        """For one write: a chunk, or some small ones, or none."""
+        ...
 
-    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None: ...
+    def chunks_sent(self, chunks: Sequence[Outgoing]) -> None: ...
 
     def lane_lost(self, channel: Channel, reason: str) -> None: ...
 
@@ -68,6 +72,8 @@ class Channel:
         self.owner = owner
         self.peer = peer
         self.index = -1
+        self.retiring = False
+        """It takes no new chunks."""
         self.last_received_s = now()
         self.closed = asyncio.get_running_loop().create_future()
         self.acks: dict[int, tuple[list[int], list[int]]] = {}
@@ -78,10 +84,12 @@ class Channel:
         self._lane: Lane | None = None
         self._control: list[bytes] = []
         self._queued_bytes = 0
-        self._writing: Outgoing | None = None
-        self._written_bytes = 0
+        self._writing: Sequence[Outgoing] = ()
+        self._rest = _NOTHING
+        """Of the last of them, not yet given to the lane."""
         self._pump_scheduled = False
         self._ended = False
+        self._farewell: bytes | None = None
         self._reason = "closed by the other side"
 
     # -- LaneHandler
@@ -112,7 +120,7 @@ class Channel:
         if not self.closed.done():
             self.closed.set_result(None)
             self.owner.lane_lost(self, self._reason)
-        self._writing = None
+        self._writing, self._rest = (), _NOTHING
 
     def _ended_by_peer(self, error: Exception | None) -> None:
         if error is not None:
@@ -134,15 +142,14 @@ class Channel:
         return self._lane.peer_identity if self._lane is not None else None
 
     @property
-    def writing(self) -> Outgoing | None:
-        """The chunk whose memory the lane is reading now."""
+    def writing(self) -> Sequence[Outgoing]:
+        """The chunks whose memory the lane is reading now."""
         return self._writing
 
     @property
     def unwritten_bytes(self) -> int:
-        """Of the chunk that is being written: goes down as long as the other side takes bytes."""
-        left = len(self._writing.payload) - self._written_bytes if self._writing is not None else 0
-        return left + (self._lane.unsent_bytes if self._lane is not None else 0)
+        """Of what is being written: goes down as long as the other side takes bytes."""
+        return len(self._rest) + (self._lane.unsent_bytes if self._lane is not None else 0)
 
     def sample(self) -> LaneSample | None:
         return self._lane.sample() if self._lane is not None and not self._ended else None
@@ -173,22 +180,17 @@ class Channel:
         self.close(str(error), code)
 
     def close(self, reason: str, code: str = "closing") -> None:
-        """Send ERROR and close; what has not begun is not sent. Idempotent."""
+        """Send ERROR and close; what has not begun is not sent, a chunk that has begun is. Idempotent."""
         if self._ended:
             return
         self._ended = True
         self._reason = reason
         self.connection.close()
         lane = self._lane
-        if lane is None:
-            return
-        if self._writing is None:
-            lane.write([encode_control(Error(code, reason[:MAX_REASON_CHARS]))])
-            lane.close()
+        if lane is not None:
+            self._farewell = encode_control(Error(code, reason[:MAX_REASON_CHARS]))
             self._loop.call_later(CLOSING_S, lane.abort)
-        else:
-            # In the middle of a chunk an ERROR frame would be taken for its payload.
-            lane.abort()
+            self._pump()
 
     def abort(self, reason: str) -> None:
         """Close without a word: the other side doesn't listen. Idempotent."""
@@ -210,40 +212,40 @@ class Channel:
     def _pump(self) -> None:
         lane = self._lane
         budget = TURN_BYTES
-        while lane is not None and not self._ended and lane.unsent_bytes == 0:
-            if not self._chunk_in_progress():
-                if self._control:
-                    control, self._control = self._control, []
-                    self._queued_bytes = 0
-                    lane.write(control)
-                    continue
-                if budget <= 0:
-                    self.wake()
-                    return
-                self._writing = self.owner.next_outgoing(self)
-                self._written_bytes = 0
-                if self._writing is None:
-                    return
-            budget -= self._write_piece(lane)
+        while lane is not None and not lane.closing and lane.unsent_bytes == 0:
+            if self._rest:
+                budget -= self._write(lane, [], self._rest)
+                continue
+            if self._writing:
+                sent, self._writing = self._writing, ()
+                self.owner.chunks_sent(sent)
+            if self._ended:
+                self._say_farewell(lane)
+                return
+            if self._control:
+                control, self._control = self._control, []
+                self._queued_bytes = 0
+                lane.write(control)
+                continue
+            if budget <= 0:
+                self.wake()
+                return
+            self._writing = self.owner.next_outgoing(self)
+            if not self._writing:
+                return
+            buffers: list[Buffer] = [buffer for chunk in self._writing for buffer in (chunk.header, chunk.payload)]
+            budget -= self._write(lane, buffers[:-1], self._writing[-1].payload)
 
-    def _chunk_in_progress(self) -> bool:
-        """Call with nothing unsent: a chunk that was written to its end has been sent."""
-        outgoing = self._writing
-        if outgoing is None:
-            return False
-        if self._written_bytes < len(outgoing.payload):
-            return True
-        self._writing = None
-        self.owner.chunk_sent(self, outgoing)
-        return False
-
-    def _write_piece(self, lane: Lane) -> int:
-        outgoing = self._writing
-        assert outgoing is not None
-        start = self._written_bytes
-        piece = outgoing.payload
-        if len(piece) > MAX_WRITE_BYTES:
-            piece = piece[start : start + MAX_WRITE_BYTES]
-        self._written_bytes += len(piece)
-        lane.write((piece,) if start else (outgoing.header, piece))
+    def _write(self, lane: Lane, buffers: list[Buffer], last: memoryview) -> int:
+        """`buffers`, and as much of `last` as goes into one write."""
+        piece = last if len(last) <= MAX_WRITE_BYTES else last[:MAX_WRITE_BYTES]
+        self._rest = last[len(piece) :]
+        buffers.append(piece)
+        lane.write(buffers)
         return len(piece)
+
+    def _say_farewell(self, lane: Lane) -> None:
+        farewell, self._farewell = self._farewell, None
+        if farewell is not None:
+            lane.write([farewell])
+            self._loop.call_soon(lane.close)  # asyncio's transports end twice when `writable` closes them

@@ -67,6 +67,8 @@ TRANSITIONS: Mapping[LaneState, Mapping[int, LaneState]] = MappingProxyType(
     }
 )
 
+_CHUNK = int(FrameType.CHUNK)
+
 # The direction bit must fit the frame: a credit can't come from the side that sends the KV.
 _RECEIVER_FRAMES = frozenset({FrameType.OPENED, FrameType.CREDIT, FrameType.ACK})
 _SENDER_FRAMES = frozenset({FrameType.OPEN, FrameType.CHUNK, FrameType.FINISH})
@@ -114,6 +116,15 @@ class LaneConnection:
         self._wanted = HEADER_BYTES
         self.state = LaneState.WAIT_HELLO
 
+    @property
+    def state(self) -> LaneState:
+        return self._state
+
+    @state.setter
+    def state(self, state: LaneState) -> None:
+        self._state = state
+        self._legal = TRANSITIONS[state]  # looked at for each frame
+
     def accept(self) -> None:
         """HELLO was found good: transfers may begin."""
         self.state = LaneState.OPEN
@@ -154,14 +165,14 @@ class LaneConnection:
     def redirect(self, transfer: int) -> None:
         """The rest of a chunk of `transfer` that is on its way goes to the sink; its memory is not touched again."""
         header = self._header
-        if header is not None and header.type == FrameType.CHUNK and header.transfer == transfer:
+        if header is not None and header.type == _CHUNK and header.transfer == transfer:
             self._target = self._hasher = None
 
     def redirect_chunk(self, chunk: FrameHeader) -> bool:
         """The same for one chunk. True: this lane was receiving it."""
         header = self._header
         place = (chunk.transfer, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes)
-        if header is None or header.type != FrameType.CHUNK or self._target is None:
+        if header is None or header.type != _CHUNK or self._target is None:
             return False
         if (header.transfer, header.layer, header.tensor, header.row, header.offset_bytes) != place:
             return False
@@ -180,11 +191,11 @@ class LaneConnection:
         header = parse_header(self._header_buffer)
         self._check_legal(header)
         self._header = header
-        if header.type == FrameType.CHUNK:
+        if header.type == _CHUNK:
             target = self._destination(header)
             self._expect(target, header.body_bytes)
             if header.codec == RAW and target is not None:
-                self._hasher = chunk_hasher(header.layer, header.tensor, header.row, header.offset_bytes)
+                self._hasher = chunk_hasher(header.transfer, header.sequence)
         elif header.body_bytes == 0:
             raise ProtocolError(f"{FrameType(header.type).name} without a body")
         else:
@@ -195,7 +206,7 @@ class LaneConnection:
         return ()
 
     def _check_legal(self, header: FrameHeader) -> None:
-        if header.type not in TRANSITIONS[self.state]:
+        if header.type not in self._legal:
             raise ProtocolError(f"{FrameType(header.type).name} is not legal {self.state.value}")
         from_receiver = bool(header.flags & FROM_RECEIVER)
         if header.type in (_SENDER_FRAMES if from_receiver else _RECEIVER_FRAMES):
@@ -203,12 +214,12 @@ class LaneConnection:
 
     def _body_complete(self, header: FrameHeader) -> Event:
         event: Event
-        if header.type == FrameType.CHUNK:
+        if header.type == _CHUNK:
             event = ChunkArrived(header, self._target, None if self._hasher is None else self._hasher.intdigest())
         else:
             assert self._target is not None
-            event = Control(header, parse_body(header.type, self._target))
-        self.state = TRANSITIONS[self.state][header.type]
+            event = Control(header, parse_body(header, self._target))
+            self.state = self._legal[header.type]
         self._header = self._hasher = None
         self._expect(self._header_buffer, HEADER_BYTES)
         return event

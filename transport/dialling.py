@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prfaas.common.config import TransportConfig
 from prfaas.common.errors import PeerRefusedError, ProtocolError
@@ -14,7 +14,7 @@ from prfaas.common.log import get_logger
 from prfaas.transport.api import KvAddress
 from prfaas.transport.channel import Channel, Outgoing
 from prfaas.transport.connection import Control, Event
-from prfaas.transport.frames import Error, FrameHeader, Hello
+from prfaas.transport.frames import Error, FrameHeader, Hello, SignedHello
 from prfaas.transport.routes import SessionRoutes
 from prfaas.transport.sending import TransferSender
 from prfaas.transport.session import Session
@@ -30,25 +30,27 @@ FIRST_LANES = 4
 MIN_LANES = 2
 """With one lane its loss would stop the transfers."""
 LANES_S = 3.0
+"""As long as the window in which the link says what holds its lanes back: a change is judged by what it did."""
 
 log = get_logger("transport")
 
-MakeHello = Callable[[Session, int, bool], Hello]
-CheckAnswer = Callable[[Hello, Hello, Session, PeerIdentity | None], None]
-"""Of the answer, our HELLO, the peer that we meant, and whom its certificate names; raises PeerRefusedError."""
+MakeHello = Callable[[Session, int, bool], tuple[SignedHello, str]]
+"""And the nonce in it, which the answer must sign."""
+CheckAnswer = Callable[[SignedHello, str, Session, PeerIdentity | None], Hello]
+"""Of the answer, our nonce, the peer that we meant, and whom its certificate names; raises PeerRefusedError."""
 
 
 class Greeting:
     """The owner of a channel that we dialled, until the answer to HELLO is here."""
 
-    def __init__(self, accept: Callable[[Channel, Hello], None]) -> None:
+    def __init__(self, accept: Callable[[Channel, SignedHello], None]) -> None:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._accept = accept
 
     def lane_event(self, channel: Channel, event: Event) -> None:
         if not isinstance(event, Control) or self.accepted.done():
             return
-        if isinstance(event.body, Hello):
+        if isinstance(event.body, SignedHello):
             # At once, not when the task wakes: the peer's next frame may be in the same read.
             try:
                 self._accept(channel, event.body)
@@ -63,10 +65,10 @@ class Greeting:
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         return None
 
-    def next_outgoing(self, channel: Channel) -> Outgoing | None:
-        return None
+    def next_outgoing(self, channel: Channel) -> Sequence[Outgoing]:
+        return ()
 
-    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
+    def chunks_sent(self, chunks: Sequence[Outgoing]) -> None:
         pass
 
     def lane_lost(self, channel: Channel, reason: str) -> None:
@@ -115,16 +117,17 @@ class Dialler:
         self._set_lanes(config.lanes or min(FIRST_LANES, config.max_lanes))
         self._loop = asyncio.get_running_loop()
         self._wanted_s = now()
+        self._was_in_use = False
         self._idle_timer = self._loop.call_later(self._idle_s, self._look_if_idle)
         self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)
 
     def _set_lanes(self, lanes: int) -> None:
-        """More are dialled at once; those too many are closed, and what is on them moves to the others."""
+        """More are dialled at once; those too many are closed once the peer has what is on them."""
         while len(self._tasks) < lanes:
             self._tasks.append(asyncio.create_task(self._keep(len(self._tasks))))
         while len(self._tasks) > lanes:
             self._tasks.pop().cancel()
-            self.session.close_lane(len(self._tasks), "fewer lanes are enough")
+            self.session.retire_lane(len(self._tasks))
 
     def _look_at_lanes(self) -> None:
         self._lanes_timer = self._loop.call_later(LANES_S, self._look_at_lanes)
@@ -147,9 +150,11 @@ class Dialler:
     def _look_if_idle(self) -> None:
         """`on_idle` is called once, between one and two `idle_s` after the last use."""
         now = self._now()
-        if self.in_use:
+        in_use = self.in_use
+        if in_use or self._was_in_use:  # until some time since the last look, if it isn't any more
             self._wanted_s = now
-        left_s = self._wanted_s + self._idle_s - now
+        self._was_in_use = in_use
+        left_s = max(self._wanted_s, self.session.used_s) + self._idle_s - now
         if left_s > 0:
             self._idle_timer = self._loop.call_later(left_s, self._look_if_idle)
         else:
@@ -211,8 +216,8 @@ class Dialler:
     async def _dial(self, index: int) -> Channel:
         session, session_id = self.session, self.session.id
 
-        def accept(channel: Channel, answer: Hello) -> None:
-            self._check(answer, hello, session, channel.peer_identity)
+        def accept(channel: Channel, signed_answer: SignedHello) -> None:
+            answer = self._check(signed_answer, nonce, session, channel.peer_identity)
             if session_id != session.id:
                 raise ProtocolError("the session ended while this lane was opened")
             session.add_channel(channel, index)
@@ -222,7 +227,7 @@ class Dialler:
         channel = Channel(greeting, self._now, session.peer)
         channel.index = index
         address = self.address
-        hello = self._hello(session, index, session.established)
+        hello, nonce = self._hello(session, index, session.established)
         try:
             await self._routes.dial(index, address, channel)
             channel.send(hello)

@@ -49,6 +49,7 @@ from prfaas.transport.frames import (
     Hello,
     Open,
     Opened,
+    SignedHello,
 )
 from prfaas.transport.handshake import MAX_LANES, check_hello, signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
@@ -470,8 +471,9 @@ class KvEndpoint:
 
     # -- HELLO
 
-    def _make_hello(self, session: Session, lane: int, resume: bool) -> Hello:
-        return signed(self._hello(session.id, lane, self._config.lanes or MAX_LANES, resume=resume), self._secret)
+    def _make_hello(self, session: Session, lane: int, resume: bool) -> tuple[SignedHello, str]:
+        hello = self._hello(session.id, lane, self._config.lanes or MAX_LANES, resume=resume)
+        return signed(hello, self._secret), hello.nonce
 
     def _hello(self, session: str, lane: int, lanes: int, *, resume: bool = False, answer: bool = False) -> Hello:
         return Hello(
@@ -491,19 +493,20 @@ class KvEndpoint:
             answer=answer,
         )
 
-    def _check_answer(self, answer: Hello, ours: Hello, session: Session, identity: PeerIdentity | None) -> None:
-        self._check(answer, identity, expect_answer_to=ours.nonce, expect_node=session.peer)
+    def _check_answer(self, body: SignedHello, nonce: str, session: Session, identity: PeerIdentity | None) -> Hello:
+        answer = self._check(body, identity, expect_answer_to=nonce, expect_node=session.peer)
         session.codecs.agreed(answer.codecs, answer.lossy)
+        return answer
 
     def _check(
         self,
-        hello: Hello,
+        body: SignedHello,
         identity: PeerIdentity | None,
         expect_answer_to: str | None = None,
         expect_node: str | None = None,
-    ) -> None:
-        check_hello(
-            hello,
+    ) -> Hello:
+        hello = check_hello(
+            body,
             secret=self._secret,
             model_fingerprint=self._fingerprint,
             now_s=time.time(),
@@ -519,15 +522,16 @@ class KvEndpoint:
         refusal = self._authorize(hello)
         if refusal:
             raise PeerRefusedError(refusal)
+        return hello
 
     def _accept(self) -> LaneHandler:
         if len(self._greeting) >= MAX_GREETING_LANES:
             next(iter(self._greeting)).give_up("too many lanes have not said HELLO yet")
         return Greeter(self).channel
 
-    def greeted(self, greeter: Greeter, hello: Hello) -> None:
+    def greeted(self, greeter: Greeter, body: SignedHello) -> None:
         """HELLO came on an accepted lane. Raises PeerRefusedError."""
-        self._check(hello, greeter.channel.peer_identity)
+        hello = self._check(body, greeter.channel.peer_identity)
         session = self._accepted.get((hello.node, hello.session))
         if session is None:
             if hello.resume:
@@ -640,7 +644,7 @@ class Greeter:
         self.channel.abort(reason)
 
     def lane_event(self, channel: Channel, event: Event) -> None:
-        if not isinstance(event, Control) or not isinstance(event.body, Hello):
+        if not isinstance(event, Control) or not isinstance(event.body, SignedHello):
             channel.abort("closed before HELLO")
             return
         self._over()
@@ -653,10 +657,10 @@ class Greeter:
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         raise ProtocolError("CHUNK before HELLO")
 
-    def next_outgoing(self, channel: Channel) -> Outgoing | None:
-        return None
+    def next_outgoing(self, channel: Channel) -> Sequence[Outgoing]:
+        return ()
 
-    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
+    def chunks_sent(self, chunks: Sequence[Outgoing]) -> None:
         pass
 
     def lane_lost(self, channel: Channel, reason: str) -> None:

@@ -2,10 +2,14 @@
 
     | magic 2 | version 1 | type 1 | flags 2 | codec 1 | copy 1 | body_bytes 4 |  every frame
     | transfer 4 |                                                           every frame of a transfer
-    | layer 2 | tensor 2 | row 4 | offset_bytes 8 | raw_bytes 4 | sequence 4 | checksum 8 |   CHUNK, else zero
+    | layer 2 | tensor 2 | row 4 | offset_bytes 8 | raw_bytes 4 | sequence 4 |   CHUNK, else zero
+    | checksum 8 |     of the body        | header_check 8 |   of the 48 bytes before
 
 All integers are little-endian. The body of a CHUNK is `body_bytes` of KV as the codec left it, that of every other
 frame a msgpack map (the Structs below; unknown keys are ignored, so that version N and N−1 can talk).
+
+Both checks are needed: TCP's own lets one damaged packet in 65,536 pass. A header that is not what was sent would make
+the lane lose its place, or put a good chunk into another transfer; it costs the lane, and what was on that comes again.
 
 A transfer's number is given by its sender and unique within a session and a direction. `FROM_RECEIVER` in the flags
 says that the number is one of the *other* side's: OPENED, CREDIT, ACK, and a CANCEL by the receiving side.
@@ -17,7 +21,7 @@ import enum
 import struct
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import xxhash
@@ -28,8 +32,10 @@ VERSION = 1
 SUPPORTED_VERSIONS = (VERSION,)
 """Versions N and N−1; the first version has no predecessor."""
 
-HEADER = struct.Struct("<HBBHBBIIHHIQIIQ")
+HEADER = struct.Struct("<HBBHBBIIHHIQIIQQ")
 HEADER_BYTES = HEADER.size
+_CHECKED = struct.Struct(HEADER.format[:-1])
+_CHECKED_BYTES = _CHECKED.size
 
 # Every length is held against one of these before anything is allocated for it.
 MAX_HELLO_BYTES = 4096
@@ -66,6 +72,13 @@ class FrameType(enum.IntEnum):
     LINK = 15
 
 
+_CHUNK = int(FrameType.CHUNK)
+"""Compared for each chunk; an enum's member is an attribute away."""
+
+Buffer = bytes | bytearray | memoryview
+B = TypeVar("B", bound="Body")
+
+
 class FrameHeader(NamedTuple):
     magic: int
     version: int
@@ -82,6 +95,7 @@ class FrameHeader(NamedTuple):
     raw_bytes: int
     sequence: int
     checksum: int
+    header_check: int
 
 
 # -- control bodies ---------------------------------------------------------------------------------------------------
@@ -91,9 +105,18 @@ class Body(msgspec.Struct, frozen=True, omit_defaults=True):
     """What follows the header of a control frame."""
 
 
+class SignedHello(Body, frozen=True, omit_defaults=True):
+    """First on every lane, from the dialling side and then from the other. `mac` signs the bytes of `hello` and, in the
+    answer, the dialler's nonce; nothing in them is read before it was found good, and keys that only a later version
+    knows are under it too."""
+
+    hello: bytes
+    """A `Hello`, as msgpack."""
+    mac: bytes = b""
+
+
 class Hello(Body, frozen=True, omit_defaults=True):
-    """First on every lane, from the dialling side and then from the other. `mac` signs all other fields and, in the
-    answer, the dialler's nonce."""
+    """Who a lane's other side is; in `SignedHello`."""
 
     versions: tuple[int, ...]
     node: str
@@ -112,7 +135,6 @@ class Hello(Body, frozen=True, omit_defaults=True):
     lossy: tuple[str, ...] = ()
     """`kind=codec`: what this side lets come to it, of tensors of that kind."""
     answer: bool = False
-    mac: bytes = b""
 
 
 class Open(Body, frozen=True, omit_defaults=True):
@@ -134,7 +156,6 @@ class Open(Body, frozen=True, omit_defaults=True):
     """Until the request's deadline; not an instant, since clocks differ."""
     repeat: int = 0
     """Of the same attempt, when lanes were lost and perhaps the answer with them: the answer is given again."""
-    reserved: dict[str, int] = {}
 
 
 class Opened(Body, frozen=True, omit_defaults=True):
@@ -214,17 +235,20 @@ class Pong(Body, frozen=True, omit_defaults=True):
 
 
 class Error(Body, frozen=True, omit_defaults=True):
-    """The last frame on a lane: why it is closed. code: hello_refused | unknown_session | protocol | closing."""
+    """The last frame on a lane: why it is closed. code: hello_refused | unknown_session | protocol |
+    closing (the whole session) | lane (this one only)."""
 
     code: str
     detail: str = ""
 
 
-ControlBody = Hello | Open | Opened | Credit | Ack | Finish | Cancel | Fetch | Fetched | Resume | Ping | Pong | Error
+ControlBody = (
+    SignedHello | Open | Opened | Credit | Ack | Finish | Cancel | Fetch | Fetched | Resume | Ping | Pong | Error
+)
 
 BODY_TYPES: Mapping[FrameType, type[ControlBody]] = MappingProxyType(
     {
-        FrameType.HELLO: Hello,
+        FrameType.HELLO: SignedHello,
         FrameType.OPEN: Open,
         FrameType.OPENED: Opened,
         FrameType.CREDIT: Credit,
@@ -241,6 +265,7 @@ BODY_TYPES: Mapping[FrameType, type[ControlBody]] = MappingProxyType(
 )
 _TYPE_OF_BODY = {body: type for type, body in BODY_TYPES.items()}
 _DECODERS = {type: msgspec.msgpack.Decoder(body) for type, body in BODY_TYPES.items()}
+_HELLO = msgspec.msgpack.Decoder(Hello)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -250,7 +275,18 @@ def encode_control(body: ControlBody, transfer: int = 0, flags: int = 0) -> byte
     type = _TYPE_OF_BODY[body.__class__]
     if len(data) > body_limit(type):
         raise ValueError(f"{type.name} has {len(data)} bytes; at most {body_limit(type)} fit into a frame")
-    return HEADER.pack(MAGIC, VERSION, type, flags, 0, 0, len(data), transfer, 0, 0, 0, 0, 0, 0, 0) + data
+    check = checksum(data, transfer, 0)
+    return _checked(MAGIC, VERSION, type, flags, 0, 0, len(data), transfer, 0, 0, 0, 0, 0, 0, check) + data
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """What `SignedHello.hello` holds."""
+    return _ENCODER.encode(hello)
+
+
+def parse_hello(data: bytes) -> Hello:
+    """Raises ProtocolError."""
+    return _decode("HELLO", _HELLO, data)
 
 
 def encode_chunk_header(
@@ -260,43 +296,36 @@ def encode_chunk_header(
     raw_bytes: int,
     wire_bytes: int,
     codec: int,
-    checksum: int,
+    check: int,
     copy: int = 0,
 ) -> bytes:
-    """The header of a CHUNK; its `wire_bytes` of payload follow. `place` = (layer, tensor, row, offset_bytes). `copy`:
-    how many lanes have been lost with this chunk, so that the receiver knows which of two copies is the newer."""
-    layer, tensor, row, offset_bytes = place
-    return HEADER.pack(
-        MAGIC,
-        VERSION,
-        FrameType.CHUNK,
-        0,
-        codec,
-        copy,
-        wire_bytes,
-        transfer,
-        layer,
-        tensor,
-        row,
-        offset_bytes,
-        raw_bytes,
-        sequence,
-        checksum,
-    )
+    """The header of a CHUNK; its `wire_bytes` of payload follow. `place` = (layer, tensor, row, offset_bytes). `check`:
+    `checksum` of it. `copy`: how many lanes have been lost with this chunk, so that the receiver knows which of two
+    copies is the newer."""
+    return _checked(
+        MAGIC, VERSION, _CHUNK, 0, codec, copy, wire_bytes, transfer, *place, raw_bytes, sequence, check
+    )  # fmt: skip
 
 
-def chunk_checksum(data: memoryview, layer: int, tensor: int, row: int, offset_bytes: int) -> int:
-    """xxh3-64 of a chunk's decoded bytes, seeded with its place: a header that was damaged on its way fails as well."""
-    return xxhash.xxh3_64_intdigest(data, _seed(layer, tensor, row, offset_bytes))
+def encode_header(header: FrameHeader) -> bytes:
+    """With the `header_check` that its other fields have, whatever it says."""
+    return _checked(*header[:-1])
 
 
-def chunk_hasher(layer: int, tensor: int, row: int, offset_bytes: int) -> xxhash.xxh3_64:
+def _checked(*fields: int) -> bytes:
+    head = _CHECKED.pack(*fields)
+    return head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little")
+
+
+def checksum(data: Buffer, transfer: int, sequence: int) -> int:
+    """xxh3-64 of a control frame's body (sequence 0) or a chunk's decoded bytes, those of a lossy chunk as they travel.
+    Seeded with whose they are: good bytes behind another frame's header fail as well."""
+    return xxhash.xxh3_64_intdigest(data, transfer << 32 | sequence)
+
+
+def chunk_hasher(transfer: int, sequence: int) -> xxhash.xxh3_64:
     """The same checksum, for bytes that come in parts: `update` each, then `intdigest`."""
-    return xxhash.xxh3_64(seed=_seed(layer, tensor, row, offset_bytes))
-
-
-def _seed(layer: int, tensor: int, row: int, offset_bytes: int) -> int:
-    return ((layer << 48) ^ (tensor << 44) ^ (row << 24) ^ offset_bytes) & 0xFFFF_FFFF_FFFF_FFFF
+    return xxhash.xxh3_64(seed=transfer << 32 | sequence)
 
 
 def body_limit(type: int) -> int:
@@ -305,33 +334,52 @@ def body_limit(type: int) -> int:
     return MAX_HELLO_BYTES if type in (FrameType.HELLO, FrameType.ERROR) else MAX_CONTROL_BYTES
 
 
-def parse_header(data: bytes | bytearray | memoryview) -> FrameHeader:
+def parse_header(data: Buffer) -> FrameHeader:
     """Check what can be checked without knowing the lane's state. Raises ProtocolError that names field and value."""
     header = FrameHeader._make(HEADER.unpack_from(data))
     if header.magic != MAGIC:
         raise ProtocolError(f"not a PrfaaS frame: it starts with {bytes(data[:4])!r}")
     if header.version not in SUPPORTED_VERSIONS:
         raise ProtocolError(f"frame version {header.version}; this side speaks {SUPPORTED_VERSIONS}")
-    if header.type != FrameType.CHUNK and header.type not in _DECODERS:
+    if xxhash.xxh3_64_intdigest(data[:_CHECKED_BYTES]) != header.header_check:
+        raise ProtocolError(f"a frame's header was damaged on its way (its type reads {header.type})")
+    if header.type == _CHUNK:
+        _check_chunk(header)
+    elif header.type not in _DECODERS:
         raise ProtocolError(f"frame type {header.type} is unknown or reserved in version {VERSION}")
-    if header.body_bytes > body_limit(header.type):
-        name = FrameType(header.type).name
-        raise ProtocolError(f"{name} announces {header.body_bytes} bytes; the limit is {body_limit(header.type)}")
-    if header.type == FrameType.CHUNK:
-        if not 1 <= header.raw_bytes <= MAX_CHUNK_BYTES:
-            raise ProtocolError(f"CHUNK of {header.raw_bytes} decoded bytes; 1 to {MAX_CHUNK_BYTES} are allowed")
-        if not 1 <= header.body_bytes <= header.raw_bytes:
-            raise ProtocolError(f"CHUNK of {header.body_bytes} bytes on the wire for {header.raw_bytes} decoded")
-        if header.codec == RAW and header.body_bytes != header.raw_bytes:
-            raise ProtocolError(f"raw CHUNK of {header.body_bytes} bytes says it decodes to {header.raw_bytes}")
+    elif header.body_bytes > body_limit(header.type):
+        raise _too_long(header)
     return header
 
 
-def parse_body(type: int, data: bytes | bytearray | memoryview) -> ControlBody:
-    """Raises ProtocolError when the bytes are not what the type's Struct says."""
-    frame_type = FrameType(type)
+def _check_chunk(header: FrameHeader) -> None:
+    if header.body_bytes > MAX_CHUNK_BYTES:
+        raise _too_long(header)
+    if not 1 <= header.raw_bytes <= MAX_CHUNK_BYTES:
+        raise ProtocolError(f"CHUNK of {header.raw_bytes} decoded bytes; 1 to {MAX_CHUNK_BYTES} are allowed")
+    if not 1 <= header.body_bytes <= header.raw_bytes:
+        raise ProtocolError(f"CHUNK of {header.body_bytes} bytes on the wire for {header.raw_bytes} decoded")
+    if header.codec == RAW and header.body_bytes != header.raw_bytes:
+        raise ProtocolError(f"raw CHUNK of {header.body_bytes} bytes says it decodes to {header.raw_bytes}")
+
+
+def _too_long(header: FrameHeader) -> ProtocolError:
+    name, limit = FrameType(header.type).name, body_limit(header.type)
+    return ProtocolError(f"{name} announces {header.body_bytes} bytes; the limit is {limit}")
+
+
+def parse_body(header: FrameHeader, data: Buffer) -> ControlBody:
+    """Of a control frame. Raises ProtocolError when the bytes are not those that were sent, or not what the type's
+    Struct says."""
+    frame_type = FrameType(header.type)
+    if checksum(data, header.transfer, 0) != header.checksum:
+        raise ProtocolError(f"{frame_type.name} was damaged on its way")
+    return _decode(frame_type.name, _DECODERS[frame_type], data)
+
+
+def _decode(name: str, decoder: msgspec.msgpack.Decoder[B], data: Buffer) -> B:
     try:
-        return _DECODERS[frame_type].decode(data)
+        return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # RecursionError: a few KiB of nested arrays under a key that nobody knows.
-        raise ProtocolError(f"{frame_type.name}: {error}") from None
+        raise ProtocolError(f"{name}: {error}") from None

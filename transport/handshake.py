@@ -10,31 +10,30 @@ from __future__ import annotations
 
 import re
 
-import msgspec
 from prfaas.common.auth import NonceWindow, sign, verify
 from prfaas.common.errors import PeerRefusedError
 from prfaas.common.identity import KV_ROLES, PeerIdentity
-from prfaas.transport.frames import SUPPORTED_VERSIONS, Hello
+from prfaas.transport.frames import SUPPORTED_VERSIONS, Hello, SignedHello, encode_hello, parse_hello
 
 MAX_LANES = 64
 MAX_NAME_CHARS = 200
+MAX_NONCE_CHARS = 64
+"""A million of them are remembered."""
 _SESSION = re.compile(r"[0-9a-f]{32}")
 
 
-def signed(hello: Hello, secret: bytes, peer_nonce: str = "") -> Hello:
+def signed(hello: Hello, secret: bytes, peer_nonce: str = "") -> SignedHello:
     """With its MAC, when there is a secret."""
-    if not secret:
-        return hello
-    return msgspec.structs.replace(hello, mac=sign(secret, *_signed_parts(hello, peer_nonce)))
+    data = encode_hello(hello)
+    return SignedHello(data, sign(secret, *_signed_parts(data, peer_nonce)) if secret else b"")
 
 
-def _signed_parts(hello: Hello, peer_nonce: str) -> tuple[bytes, bytes, bytes]:
-    unsigned = msgspec.structs.replace(hello, mac=b"")
-    return b"prfaas hello", msgspec.msgpack.encode(unsigned), peer_nonce.encode()
+def _signed_parts(data: bytes, peer_nonce: str) -> tuple[bytes, bytes, bytes]:
+    return b"prfaas hello", data, peer_nonce.encode()
 
 
 def check_hello(
-    hello: Hello,
+    body: SignedHello,
     *,
     secret: bytes,
     model_fingerprint: str,
@@ -45,13 +44,19 @@ def check_hello(
     expect_answer_to: str | None = None,
     expect_node: str | None = None,
     identity: PeerIdentity | None = None,
-) -> None:
-    """Raises PeerRefusedError that says what is wrong, and the mend. now_s: wall clock, for the skew; monotonic_s: for
-    how long nonces are kept. `expect_answer_to`: our nonce, when this is the answer; `expect_node`: whom we meant to
-    reach; `identity`: of the lane's certificate, None without TLS."""
+) -> Hello:
+    """What the other side says of itself. Raises PeerRefusedError that says what is wrong, and the mend; ProtocolError
+    when it is no Hello. now_s: wall clock, for the skew; monotonic_s: for how long nonces are kept. `expect_answer_to`:
+    our nonce, when this is the answer; `expect_node`: whom we meant to reach; `identity`: of the lane's certificate,
+    None without TLS."""
+    # The MAC first: a stranger learns nothing about the rest.
+    if secret and not verify(secret, body.mac, *_signed_parts(body.hello, expect_answer_to or "")):
+        raise PeerRefusedError("HELLO is not signed with this cluster's secret; do both sides have the same?")
+    hello = parse_hello(body.hello)
     if hello.answer != (expect_answer_to is not None):
         raise PeerRefusedError("HELLO and its answer are mixed up")
-    _check_mac(hello, secret, now_s, monotonic_s, skew_s, nonces, expect_answer_to)
+    if secret:
+        _check_fresh(hello, now_s, monotonic_s, skew_s, nonces)
     if not set(hello.versions) & set(SUPPORTED_VERSIONS):
         raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
@@ -71,22 +76,12 @@ def check_hello(
             f"{hello.node} serves model {hello.model_fingerprint[:12]}…, this node {model_fingerprint[:12]}…: "
             "both must load the same files"
         )
+    return hello
 
 
-def _check_mac(
-    hello: Hello,
-    secret: bytes,
-    now_s: float,
-    monotonic_s: float,
-    skew_s: float,
-    nonces: NonceWindow,
-    expect_answer_to: str | None,
-) -> None:
-    if not secret:
-        return
-    # The MAC first: a stranger learns nothing about the rest.
-    if not verify(secret, hello.mac, *_signed_parts(hello, expect_answer_to or "")):
-        raise PeerRefusedError("HELLO is not signed with this cluster's secret; do both sides have the same?")
+def _check_fresh(hello: Hello, now_s: float, monotonic_s: float, skew_s: float, nonces: NonceWindow) -> None:
+    if len(hello.nonce) > MAX_NONCE_CHARS:
+        raise PeerRefusedError(f"HELLO has a nonce of {len(hello.nonce)} characters; at most {MAX_NONCE_CHARS}")
     if not abs(now_s - hello.time_s) <= skew_s:
         raise PeerRefusedError(f"HELLO is {now_s - hello.time_s:+.0f} s off this clock; do both machines run NTP?")
     if refusal := nonces.refusal(hello.nonce, hello.time_s, monotonic_s):

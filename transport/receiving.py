@@ -38,7 +38,7 @@ from prfaas.transport.frames import (
     FrameHeader,
     Open,
     Opened,
-    chunk_checksum,
+    checksum,
 )
 from prfaas.transport.transfer import TIME_RAN_OUT, Place, Placement, ReceivingTransfer, Standing, place_of
 from prfaas.transport.waiting import finish_despite_cancel
@@ -178,16 +178,19 @@ class TransferReceiver:
 
     def arrived(self, channel: Channel, event: ChunkArrived) -> None:
         """A CHUNK is here: in its place (raw), in a scratch buffer (encoded), or nowhere (a duplicate)."""
-        chunk, data, checksum = event
+        chunk, data, hashed = event
         assert self._state is not None
         assert self._session is not None
         self.report.wire_bytes += HEADER_BYTES + chunk.body_bytes
         if data is None:
             self._drained(channel, chunk)
             return
+        if chunk.codec == RAW and hashed == chunk.checksum:
+            self._good(channel, chunk, layer_complete=self._state.received_good(chunk))
+            return
         self._state.received(chunk)
         if chunk.codec == RAW:
-            self._checked(channel, chunk, checksum == chunk.checksum)
+            self._damaged(channel, chunk)
         else:
             self._decode(channel, chunk, data)
 
@@ -261,33 +264,36 @@ class TransferReceiver:
             # A job that could not run at all (the executor is gone) counts as damage: nothing arrived.
             good, decode_s = (False, 0.0) if job.cancelled() or job.exception() is not None else job.result()
             if good:
+                assert self._state is not None
                 self._speeds.decoded(CODECS[chunk.codec].name, kind, chunk.raw_bytes, decode_s)
-            self._checked(channel, chunk, good)
+                self._good(channel, chunk, layer_complete=self._state.arrived(chunk))
+            else:
+                self._damaged(channel, chunk)
         if self._decoding == 0 and self._decoded is not None and not self._decoded.done():
             self._decoded.set_result(None)
 
-    def _checked(self, channel: Channel, chunk: FrameHeader, good: bool) -> None:
-        assert self._state is not None
+    def _good(self, channel: Channel, chunk: FrameHeader, *, layer_complete: bool) -> None:
         assert self._session is not None
-        if not good:
-            self.damaged_chunks += 1
-            log.warning("kv chunk arrived damaged", request_id=self.spec.request_id, lane=channel.index)
-            self._session.counters.checksum_failures.inc()
-            try:
-                self._state.damaged(chunk)
-            except ChecksumError as error:
-                self.fail(error)
-                return
-            self._session.acknowledge(channel, self._number, chunk.sequence, damaged=True)
-            self._credit(channel)
-            return
-        layer_complete = self._state.arrived(chunk)
         self.report.raw_bytes += chunk.raw_bytes
         self._session.acknowledge(channel, self._number, chunk.sequence)
         self._credit(channel)
         if layer_complete:
             self._layer_complete(chunk.layer)
             self._complete_if_all_here()
+
+    def _damaged(self, channel: Channel, chunk: FrameHeader) -> None:
+        assert self._state is not None
+        assert self._session is not None
+        self.damaged_chunks += 1
+        log.warning("kv chunk arrived damaged", request_id=self.spec.request_id, lane=channel.index)
+        self._session.counters.checksum_failures.inc()
+        try:
+            self._state.damaged(chunk)
+        except ChecksumError as error:
+            self.fail(error)
+            return
+        self._session.acknowledge(channel, self._number, chunk.sequence, damaged=True)
+        self._credit(channel)
 
     def _credit(self, channel: Channel) -> None:
         assert self._state is not None
@@ -363,12 +369,12 @@ class TransferReceiver:
 def decode_chunk(
     codec: Codec, wire: memoryview, out: memoryview, form: ChunkForm, chunk: FrameHeader
 ) -> tuple[bool, float]:
-    """In a thread: (good, CPU seconds of decoding). Not good: the bytes are not what the sender hashed."""
-    started_s = time.thread_time()
+    """In a thread: (good, seconds of decoding). Not good: the bytes are not what the sender hashed."""
+    started_s = time.perf_counter()
     try:
         codec.decode(wire, out, form)
     except CodecError:
         return False, 0.0
-    decode_s = time.thread_time() - started_s
+    decode_s = time.perf_counter() - started_s
     hashed = out if codec.lossless else wire
-    return chunk_checksum(hashed, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes) == chunk.checksum, decode_s
+    return checksum(hashed, chunk.transfer, chunk.sequence) == chunk.checksum, decode_s

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -310,7 +309,7 @@ class TransferSender:
             self.urgent = left_s < SLACK * self._state.missing_bytes / bandwidth_bytes_per_s
 
     def begin_read(self) -> None:
-        """A lane or an encoder reads a piece's memory from now on."""
+        """An encoder reads a piece's memory from now on."""
         self._readers += 1
 
     def end_read(self) -> None:
@@ -318,16 +317,24 @@ class TransferSender:
         if self._readers == 0 and self._unread is not None and not self._unread.done():
             self._unread.set_result(None)
 
+    def is_on(self, channel: Channel) -> bool:
+        """A chunk that was begun on this lane has not been acknowledged."""
+        return any(lane is channel for lane, *_ in self._lane_of.values())
+
     def chunk_begun(self, channel: Channel, outgoing: Outgoing, now_s: float) -> None:
+        """Until `chunk_sent`, or the lane's loss and `end_read`, the lane reads its memory."""
+        self._readers += 1
         self._lane_of[outgoing.cut.sequence] = (channel, HEADER_BYTES + len(outgoing.payload), now_s)
 
-    def chunk_sent(self, outgoing: Outgoing) -> None:
-        cut = outgoing.cut
+    def chunk_sent(self, outgoing: Outgoing, now_s: float) -> None:
+        cut, report = outgoing.cut, self.report
+        self.end_read()
         self._state.sent(cut.sequence)
-        self.report.layer_at_s[cut.layer] = time.monotonic()
-        self.report.raw_bytes += len(cut.data)
-        self.report.wire_bytes += HEADER_BYTES + len(outgoing.payload)
-        self._finish_if_due()
+        report.layer_at_s[cut.layer] = now_s
+        report.raw_bytes += len(cut.data)
+        report.wire_bytes += HEADER_BYTES + len(outgoing.payload)
+        if self._timings is not None:
+            self._finish_if_due()
 
     def opened(self, body: Opened) -> None:
         if self._answer is not None and not self._answer.done() and body.attempt == self._attempt:

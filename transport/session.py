@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import fields
 from functools import partial
@@ -71,6 +71,11 @@ ACK_DELAY_S = 0.005
 """Acknowledgements wait so long for company: a frame a chunk would cost a tenth of a fast lane."""
 ACK_CHUNKS = 64
 MEASURE_S = 0.1
+"""Ten looks at TCP_INFO a second and lane: often enough for a link that changes, and nothing beside the chunks."""
+WRITE_BYTES = 256 << 10
+"""Small chunks go into one write up to so many bytes, where the peer is near: a call to the kernel for each costs as
+much as its copy. Far away each lane takes one, so that few chunks are spread over all of them."""
+NEAR_RTT_S = 0.002
 LINK_FIGURES = tuple(figure.name for figure in fields(LinkEstimate))
 KEPT_TRANSFERS = 4096
 """Ended transfers that are remembered, to answer what is repeated because a lane took the answer with it."""
@@ -110,6 +115,9 @@ class Session:
         """Why the peer refused the last HELLO; None once a lane is up."""
         self.established = False
         """It has had a lane: the peer knows it, unless it is a new process."""
+        self._near = False
+        self.used_s = 0.0
+        """Monotonic; when the last transfer ended."""
         self._config = config
         self._egress = egress
         self._admit = admit
@@ -186,9 +194,8 @@ class Session:
         log.info("kv lane lost", peer=self.peer, lane=channel.index, reason=reason)
         self.counters.lanes.dec()
         self.counters.lane_losses.labels("idle" if self.idle else "with_transfers").inc()
-        writing = channel.writing
-        if writing is not None:
-            writing.sender.end_read()
+        for outgoing in channel.writing:
+            outgoing.sender.end_read()
         for receiver in list(self._receivers.values()):
             receiver.lane_lost(channel)
         for sender in list(self._senders.values()):
@@ -263,10 +270,17 @@ class Session:
         if not self._channels and (self._suspended is not None or self.established):
             self.end(reason)
 
-    def close_lane(self, index: int, reason: str) -> None:
+    def retire_lane(self, index: int) -> None:
+        """It takes no more chunks, and is closed when the peer has those that it took."""
         channel = self._channels.get(index)
         if channel is not None:
-            channel.close(reason, "lane")
+            channel.retiring = True
+            self._close_retired()
+
+    def _close_retired(self) -> None:
+        for channel in list(self._channels.values()):
+            if channel.retiring and not any(sender.is_on(channel) for sender in self._senders.values()):
+                channel.close("fewer lanes are enough", "lane")
 
     def channels(self) -> list[Channel]:
         return list(self._channels.values())
@@ -346,6 +360,7 @@ class Session:
         """No chunk of it leaves any more, except one that a lane has begun. Idempotent."""
         if self._senders.pop(sender.number, None) is None:
             return
+        self.used_s = time.monotonic()
         self.counters.flush()
         self.counters.moved_chunks.inc(sender.report.moved_chunks)
         self._outbound.remove(sender)
@@ -356,7 +371,7 @@ class Session:
         return {
             channel: channel.unwritten_bytes
             for channel in self._channels.values()
-            if channel.writing is not None and channel.writing.sender is sender
+            if any(outgoing.sender is sender for outgoing in channel.writing)
         }
 
     def acknowledged(self, wire_bytes: int, sent_s: float) -> None:
@@ -379,8 +394,10 @@ class Session:
         estimate = self._link.estimate(now)
         limited = bool(ready) and self._outbound.encoding_limits
         self.codecs.choose(estimate.bandwidth_bytes_per_s, codec_limited=limited, now_s=now)
+        self._near = 0 < estimate.min_rtt_s < NEAR_RTT_S
         for sender in self._senders.values():
             sender.look_at_slack(estimate.bandwidth_bytes_per_s)
+        self._close_retired()
         for what in LINK_FIGURES:
             self._link_gauge.labels(self.peer, what).set(getattr(estimate, what))
 
@@ -393,6 +410,7 @@ class Session:
             self._completed[number] = None
             if len(self._completed) > KEPT_TRANSFERS:
                 self._completed.popitem(last=False)
+        self.used_s = time.monotonic()
         self.counters.flush()
         for channel in self._channels.values():
             channel.connection.redirect(number)
@@ -406,22 +424,32 @@ class Session:
 
     # -- ChannelOwner: sending
 
-    def next_outgoing(self, channel: Channel) -> Outgoing | None:
+    def next_outgoing(self, channel: Channel) -> Sequence[Outgoing]:
+        if channel.retiring:
+            return ()
         now = time.monotonic()
-        outgoing = self._outbound.next(len(self._channels)) if self._egress.may_send(self) else None
-        if outgoing is None:
+        chunks: list[Outgoing] = []
+        room = WRITE_BYTES if self._near else 1
+        while room > 0 and self._egress.may_send(self):
+            outgoing = self._outbound.next(len(self._channels))
+            if outgoing is None:
+                break
+            wire_bytes = HEADER_BYTES + len(outgoing.payload)
+            room -= wire_bytes
+            self._egress.sent(wire_bytes)
+            outgoing.sender.chunk_begun(channel, outgoing, now)
+            chunks.append(outgoing)
+        if chunks:
+            self._link.supplied(now)
+        else:
             self._link.starved(now)
-            return None
-        self._link.supplied(now)
-        self._egress.sent(len(outgoing.header) + len(outgoing.payload))
-        outgoing.sender.begin_read()
-        outgoing.sender.chunk_begun(channel, outgoing, now)
-        return outgoing
+        return chunks
 
-    def chunk_sent(self, channel: Channel, outgoing: Outgoing) -> None:
-        outgoing.sender.end_read()
-        outgoing.sender.chunk_sent(outgoing)
-        self.counters.sent(len(outgoing.cut.data), len(outgoing.header) + len(outgoing.payload))
+    def chunks_sent(self, chunks: Sequence[Outgoing]) -> None:
+        now = time.monotonic()
+        for outgoing in chunks:
+            outgoing.sender.chunk_sent(outgoing, now)
+            self.counters.sent(len(outgoing.cut.data), HEADER_BYTES + len(outgoing.payload))
 
     # -- ChannelOwner: receiving
 

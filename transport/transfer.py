@@ -294,6 +294,8 @@ class ByteRanges:
 
     def overlap(self, start: int, end: int) -> int:
         """How many bytes of [start, end) are in."""
+        if not self._ends or start >= self._ends[-1]:
+            return 0  # the usual way: a row's chunks come in its order
         i = bisect.bisect_right(self._ends, start)
         total = 0
         while i < len(self._starts) and self._starts[i] < end:
@@ -303,6 +305,9 @@ class ByteRanges:
 
     def add(self, start: int, end: int) -> None:
         """[start, end) must not overlap what is in."""
+        if self._ends and self._ends[-1] == start:
+            self._ends[-1] = end
+            return
         i = bisect.bisect_left(self._starts, start)
         if i < len(self._starts) and self._starts[i] == end:
             end = self._ends[i]
@@ -360,47 +365,46 @@ class ReceivingTransfer:
 
     def place(self, chunk: FrameHeader, lane: Hashable) -> Placement:
         """Where a chunk that is about to arrive on `lane` belongs. Raises ProtocolError."""
-        end = chunk.offset_bytes + chunk.raw_bytes
-        problem = check_place(self._extents, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes, chunk.raw_bytes)
+        place = layer, tensor, row, start = place_of(chunk)
+        size = chunk.raw_bytes
+        end = start + size
+        problem = check_place(self._extents, layer, tensor, row, start, size)
         if problem is not None:
             raise ProtocolError(f"CHUNK: {problem}")
-        key = (chunk.layer, chunk.tensor, chunk.row)
-        ranges = self._claimed.get(key)
+        ranges = self._claimed.get(place[:3])
         if ranges is None:
-            ranges = self._claimed[key] = ByteRanges()
-        held = ranges.overlap(chunk.offset_bytes, end)
+            ranges = self._claimed[place[:3]] = ByteRanges()
+        held = ranges.overlap(start, end)
         if held == 0:
-            if self._begun_bytes + chunk.raw_bytes > self._granted_bytes:
-                begun = self._begun_bytes + chunk.raw_bytes
+            begun = self._begun_bytes + size
+            if begun > self._granted_bytes:
                 raise ProtocolError(f"CHUNK: {begun} bytes sent, {self._granted_bytes} were granted")
-            self._begun_bytes += chunk.raw_bytes
+            self._begun_bytes = begun
             before = len(ranges) or 1  # the first of a row is no gap
-            ranges.add(chunk.offset_bytes, end)
+            ranges.add(start, end)
             self._gaps += len(ranges) - before
             if self._gaps > MAX_GAPS:
                 raise ProtocolError(f"CHUNKs leave more than {MAX_GAPS} gaps between them")
-            self._claim(chunk, lane)
+            self._receiving[lane] = chunk
+            self._lane_of[place] = lane
             return Placement.NEW
         if held < chunk.raw_bytes:
             raise ProtocolError(
-                f"CHUNK overlaps {held} bytes that are here already: layer {chunk.layer} tensor {chunk.tensor} "
-                f"row {chunk.row} [{chunk.offset_bytes}, {end})"
+                f"CHUNK overlaps {held} bytes that are here already: layer {layer} tensor {tensor} "
+                f"row {row} [{start}, {end})"
             )
-        other = self._lane_of.get(place_of(chunk))
+        other = self._lane_of.get(place)
         if other is not None:
             older = self._receiving[other]
             if older.raw_bytes != chunk.raw_bytes:
                 raise ProtocolError(f"CHUNK of {chunk.raw_bytes} bytes where another lane is receiving another number")
             if chunk.copy > older.copy:
                 del self._receiving[other]
-                self._claim(chunk, lane)
+                self._receiving[lane] = chunk
+                self._lane_of[place] = lane
                 return Placement.TAKEN_OVER
         self.duplicate_chunks += 1
         return Placement.DUPLICATE
-
-    def _claim(self, chunk: FrameHeader, lane: Hashable) -> None:
-        self._receiving[lane] = chunk
-        self._lane_of[place_of(chunk)] = lane
 
     def standing(self, chunk: FrameHeader) -> Standing:
         """Of a chunk's range, for a copy of it that was drained."""
@@ -427,9 +431,17 @@ class ReceivingTransfer:
         del self._receiving[self._lane_of.pop(place)]
         self._checking.add(place)
 
+    def received_good(self, chunk: FrameHeader) -> bool:
+        """`received` and `arrived` in one, for a chunk that was checked as it came."""
+        del self._receiving[self._lane_of.pop(place_of(chunk))]
+        return self._consumed(chunk)
+
     def arrived(self, chunk: FrameHeader) -> bool:
         """A received chunk is in its place and its checksum matched. True: this completed its layer."""
         self._checking.discard(place_of(chunk))
+        return self._consumed(chunk)
+
+    def _consumed(self, chunk: FrameHeader) -> bool:
         self._consumed_bytes += chunk.raw_bytes
         self._missing[chunk.layer] -= chunk.raw_bytes
         if self._missing[chunk.layer]:
@@ -481,4 +493,4 @@ class ReceivingTransfer:
 
 
 def place_of(chunk: FrameHeader) -> Place:
-    return chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes
+    return chunk[8:12]

@@ -142,7 +142,7 @@ class _Given:
             for problem in error.problems:
                 if dest is None:
                     self.problems.append(problem)
-                elif (self.text(dest) or "") in problem:
+                elif problem.lstrip("'").startswith(self.text(dest) or ""):
                     self.problems.append(f"{self.name(dest)}: {problem}")
                 else:
                     self.wrong(dest, problem)
@@ -310,7 +310,8 @@ def _trace(given: _Given, dataset: str, seed: int, block_tokens: int) -> TraceRe
     trace = given.made(lambda: read(read_lines(path), path, block_tokens=block_tokens))
     if trace is None or times is None:
         return None
-    given.made(lambda: cut.rows(trace.at_s, path), "num_prompts", "fixed_schedule_start_offset")
+    if start_ms < end_ms:
+        given.made(lambda: cut.rows(trace.at_s, path), "num_prompts", "fixed_schedule_start_offset")
     return TraceRecipe(seed, trace, times, cut)
 
 

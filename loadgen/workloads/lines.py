@@ -29,7 +29,8 @@ def read_lines(
             raw.seek(0)
             with gzip.GzipFile(fileobj=raw) if packed else raw as stream:
                 for number, line in _bounded(stream, path, max_line_bytes, max_lines):
-                    if text := line.decode("utf-8").strip():
+                    # A byte order mark can stand before the first line only.
+                    if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                         yield number, text
     except UnicodeDecodeError:
         raise ConfigError([f"{path} line {number}: not UTF-8"]) from None

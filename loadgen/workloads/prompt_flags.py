@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from prfaas.common.errors import ConfigError
 from prfaas.loadgen.workloads.prompts import MAX_VOCAB_TOKENS, TextPrompts, TokenPrompts
@@ -32,20 +33,19 @@ def prompts_from(args: argparse.Namespace, content_seed: int) -> TextPrompts | T
         problems.append(f"--vocab-size is for --prompt-format {TOKEN_IDS}")
     if args.tokens_per_word is not None and kind == TOKEN_IDS:
         problems.append(f"--tokens-per-word is for --prompt-format {TEXT}")
-    vocab = _number("--vocab-size", args.vocab_size or str(DEFAULT_VOCAB_TOKENS), problems)
-    ratio = _number("--tokens-per-word", args.tokens_per_word or "1", problems)
+    vocab = _number(args.vocab_size or str(DEFAULT_VOCAB_TOKENS))
+    ratio = _number(args.tokens_per_word or "1")
     if not (vocab.is_integer() and 1 <= vocab <= MAX_VOCAB_TOKENS):
         problems.append(f"--vocab-size {args.vocab_size}: it is a whole number from 1 to {MAX_VOCAB_TOKENS:,}")
-    if not 0 < ratio < float("inf"):
+    if not 0 < ratio < math.inf:
         problems.append(f"--tokens-per-word {args.tokens_per_word}: it is a number above 0")
     if problems:
         raise ConfigError(problems)
     return TokenPrompts(content_seed, int(vocab)) if kind == TOKEN_IDS else TextPrompts(content_seed, ratio)
 
 
-def _number(flag: str, text: str, problems: list[str]) -> float:
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        problems.append(f"{flag} {text}: it is a number")
-        return 1.0
+        return math.nan

@@ -29,7 +29,6 @@ def csv_rows(lines: Iterable[Line], name: str, wanted: tuple[str, ...]) -> Itera
 
 
 def _places(header: list[str], name: str, number: int, wanted: tuple[str, ...]) -> list[int]:
-    header[0] = header[0].removeprefix("\ufeff")
     unknown = [shown(column) for column in header if column not in wanted][:MAX_UNKNOWN_NAMED]
     missing = [column for column in wanted if column not in header]
     problems = [f"{name} line {number}: unknown column {column}" for column in unknown]

@@ -30,9 +30,12 @@ from prfaas.transport.frames import (
     FrameType,
     Hello,
     Open,
-    chunk_checksum,
+    SignedHello,
+    checksum,
     encode_control,
+    encode_header,
     parse_body,
+    parse_hello,
 )
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.api import Backend, LaneHandler, Listener
@@ -366,19 +369,17 @@ class FaultyHandler:
 def control_frame(type: int, body: object, **changes: int) -> bytes:
     """Any control frame, right or wrong: `body` as msgpack (bytes: as they are), `changes` to header fields."""
     data = body if isinstance(body, bytes) else msgspec.msgpack.encode(body)
-    header = FrameHeader(MAGIC, VERSION, type, 0, 0, 0, len(data), 0, 0, 0, 0, 0, 0, 0, 0)
-    return HEADER.pack(*header._replace(**changes)) + data
+    header = FrameHeader(MAGIC, VERSION, type, 0, 0, 0, len(data), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    check = checksum(data, changes.get("transfer", 0), 0)
+    return encode_header(header._replace(**{"checksum": check, **changes})) + data
 
 
 def chunk_frame(data: bytes, place: tuple[int, int, int, int] = (0, 0, 0, 0), **changes: int) -> bytes:
     """A CHUNK with the right checksum."""
-    layer, tensor, row, offset = place
-    checksum = chunk_checksum(memoryview(data), layer, tensor, row, offset)
     size = len(data)
-    header = FrameHeader(
-        MAGIC, VERSION, FrameType.CHUNK, 0, 0, 0, size, 1, layer, tensor, row, offset, size, 1, checksum
-    )
-    return HEADER.pack(*header._replace(**changes)) + data
+    header = FrameHeader(MAGIC, VERSION, FrameType.CHUNK, 0, 0, 0, size, 1, *place, size, 1, 0, 0)._replace(**changes)
+    check = changes.get("checksum", checksum(data, header.transfer, header.sequence))
+    return encode_header(header._replace(checksum=check)) + data
 
 
 def open_body(transfer: Transfer, *, attempt: int = 1, **changes: object) -> Open:
@@ -427,13 +428,14 @@ class RawLane:
         return FrameHeader._make(HEADER.unpack(await self.reader.readexactly(HEADER.size)))
 
     async def until(self, type: FrameType) -> Any:
-        """The body of the next control frame of that type; others are read and forgotten."""
+        """The body of the next control frame of that type (of HELLO: what is signed); others are read and forgotten."""
         async with asyncio.timeout(SOON_S):
             while True:
                 header = await self.header()
                 data = await self.reader.readexactly(header.body_bytes)
                 if header.type == type:
-                    return parse_body(type, data)
+                    body = parse_body(header, data)
+                    return parse_hello(body.hello) if isinstance(body, SignedHello) else body
 
     async def until_closed(self) -> None:
         """The other end has closed the lane (with what we sent unread it is reset)."""

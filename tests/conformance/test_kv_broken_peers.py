@@ -28,8 +28,10 @@ from prfaas.transport.frames import (
     FrameType,
     Opened,
     Ping,
+    SignedHello,
     encode_control,
     parse_body,
+    parse_hello,
 )
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.tcp import TcpBackend
@@ -345,7 +347,7 @@ async def test_a_lane_closed_for_a_broken_frame_is_dialled_again() -> None:
             async with asyncio.timeout(SOON_S):
                 await garbled.wait()
                 await back.wait()
-        assert closed_with(logs, "frame type 99"), logs
+        assert closed_with(logs, "header was damaged"), logs
         transfer.put_all()
         await transfer.complete()
         await p.send(seed=1)
@@ -405,10 +407,11 @@ class StoppingReceiver:
                     ack = control_frame(FrameType.ACK, Ack([header.sequence]), transfer=1, flags=FROM_RECEIVER)
                     writer.write(ack)
                     continue
-                body = parse_body(header.type, await reader.readexactly(header.body_bytes))
-                if header.type == FrameType.HELLO:
-                    answer = hello_body(body.session, body.lane, body.lanes, answer=True)
-                    writer.write(encode_control(signed(answer, SECRET, body.nonce)))
+                body = parse_body(header, await reader.readexactly(header.body_bytes))
+                if isinstance(body, SignedHello):
+                    hello = parse_hello(body.hello)
+                    answer = hello_body(hello.session, hello.lane, hello.lanes, answer=True)
+                    writer.write(encode_control(signed(answer, SECRET, hello.nonce)))
                 elif header.type == FrameType.OPEN:
                     writer.write(encode_control(self.answer, header.transfer, FROM_RECEIVER))
         except (asyncio.IncompleteReadError, ConnectionError):

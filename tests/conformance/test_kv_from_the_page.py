@@ -35,9 +35,7 @@ from tests.conformance.kv_harness import (
 
 HELLO, OPEN, OPENED, CHUNK, CREDIT, ACK, FINISH, CANCEL, PING, PONG, ERROR = range(1, 12)
 RESUME = 14
-HEADER = struct.Struct("<HBBHBBIIHHIQIIQ")
-DEFAULTS = {"codecs": [], "features": [], "region": "", "resume": False, "lossy": [], "answer": False, "mac": b""}
-HELLO_KEYS = ("versions", "node", "session", "lane", "lanes", "model_fingerprint", "time_s", "nonce", *DEFAULTS)
+HEADER = struct.Struct("<HBBHBBIIHHIQIIQQ")
 
 Body = dict[str, Any]
 Place = tuple[int, int, int, int]
@@ -65,36 +63,46 @@ class Header(NamedTuple):
     raw_bytes: int
     sequence: int
     checksum: int
+    header_check: int
 
     @property
     def place(self) -> Place:
         return self.layer, self.tensor, self.row, self.offset_bytes
 
 
+def header(*fields: int) -> bytes:
+    head = struct.pack("<HBBHBBIIHHIQIIQ", 0x4B50, 1, *fields)
+    return head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+
+
+def checksum(data: bytes, transfer: int, sequence: int) -> int:
+    return xxhash.xxh3_64_intdigest(data, (transfer << 32) + sequence)
+
+
 def frame(type: int, body: Body, transfer: int = 0, flags: int = 0) -> bytes:
     data = msgspec.msgpack.encode(body)
-    return HEADER.pack(0x4B50, 1, type, flags, 0, 0, len(data), transfer, 0, 0, 0, 0, 0, 0, 0) + data
-
-
-def checksum(data: bytes, place: Place) -> int:
-    layer, tensor, row, offset_bytes = place
-    seed = (layer << 48) ^ (tensor << 44) ^ (row << 24) ^ offset_bytes
-    return xxhash.xxh3_64_intdigest(data, seed % 2**64)
+    check = checksum(data, transfer, 0)
+    return header(type, flags, 0, 0, len(data), transfer, 0, 0, 0, 0, 0, 0, check) + data
 
 
 def chunk(transfer: int, sequence: int, place: Place, data: bytes, *, copy: int = 0, damage: int = 0) -> bytes:
     size = len(data)
-    check = checksum(data, place) ^ damage
-    return HEADER.pack(0x4B50, 1, CHUNK, 0, 0, copy, size, transfer, *place, size, sequence, check) + data
+    check = checksum(data, transfer, sequence) ^ damage
+    return header(CHUNK, 0, 0, copy, size, transfer, *place, size, sequence, check) + data
 
 
 def mac(key: bytes, *parts: bytes) -> bytes:
     return hmac.digest(key, b"".join(struct.pack("<Q", len(part)) + part for part in parts), "sha256")
 
 
-def mac_of_hello(body: Body, dialler_nonce: str = "") -> bytes:
-    signed = {key: body[key] for key in HELLO_KEYS if key in body and key != "mac" and body[key] != DEFAULTS.get(key)}
-    return mac(SECRET, b"prfaas hello", msgspec.msgpack.encode(signed), dialler_nonce.encode())
+def signed(body: Body, dialler_nonce: str = "") -> Body:
+    data = msgspec.msgpack.encode(body)
+    return {"hello": data, "mac": mac(SECRET, b"prfaas hello", data, dialler_nonce.encode())}
+
+
+def checked(body: Body, dialler_nonce: str = "") -> Body:
+    assert body["mac"] == mac(SECRET, b"prfaas hello", body["hello"], dialler_nonce.encode())
+    return msgspec.msgpack.decode(body["hello"])
 
 
 def hello(session: str, lane: int, lanes: int, **more: Any) -> Body:
@@ -126,17 +134,20 @@ class PageLane:
     async def dial(address: KvAddress, session: str, lane: int, lanes: int, *, resume: bool = False) -> PageLane:
         made = PageLane(*await asyncio.open_connection(address.host, address.port))
         body = hello(session, lane, lanes, resume=resume)
-        made.writer.write(frame(HELLO, {**body, "mac": mac_of_hello(body)}))
-        _, answer = await made.until(HELLO)
+        made.writer.write(frame(HELLO, signed(body)))
+        answer = checked((await made.until(HELLO))[1], body["nonce"])
         assert answer["answer"]
         assert answer["session"] == session
-        assert answer["mac"] == mac_of_hello(answer, body["nonce"])
         return made
 
     async def read(self) -> tuple[Header, bytes]:
-        header = Header._make(HEADER.unpack(await self.reader.readexactly(HEADER.size)))
-        assert (header.magic, header.version) == (0x4B50, 1)
-        return header, await self.reader.readexactly(header.body_bytes)
+        data = await self.reader.readexactly(HEADER.size)
+        header = Header._make(HEADER.unpack(data))
+        assert (header.magic, header.version, header.header_check) == (0x4B50, 1, xxhash.xxh3_64_intdigest(data[:48]))
+        body = await self.reader.readexactly(header.body_bytes)
+        assert header.codec == 0
+        assert header.checksum == checksum(body, header.transfer, header.sequence)
+        return header, body
 
     async def until(self, type: int) -> tuple[Header, Body]:
         async with asyncio.timeout(SOON_S):
@@ -286,10 +297,9 @@ class PageReceiver:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lane = PageLane(reader, writer)
         try:
-            _, body = await lane.until(HELLO)
-            assert body["mac"] == mac_of_hello(body)
+            body = checked((await lane.until(HELLO))[1])
             answer = hello(body["session"], body["lane"], body["lanes"], answer=True)
-            writer.write(frame(HELLO, {**answer, "mac": mac_of_hello(answer, body["nonce"])}))
+            writer.write(frame(HELLO, signed(answer, body["nonce"])))
             while True:
                 header, data = await lane.read()
                 if header.type == CHUNK:
@@ -310,8 +320,6 @@ class PageReceiver:
             self.over.set_result(None)
 
     def _chunk(self, lane: PageLane, header: Header, data: bytes) -> None:
-        assert header.codec == 0
-        assert checksum(data, header.place) == header.checksum
         row = self.rows[header.place[:3]]
         row[header.offset_bytes : header.offset_bytes + header.raw_bytes] = data
         self.missing_bytes -= len(data)

@@ -13,7 +13,7 @@ from prfaas.common.kv_layout import TensorKind
 from prfaas.transport.codecs.api import ChunkForm
 from prfaas.transport.codecs.registry import codec_by_name
 from prfaas.transport.endpoint import MAX_ACCEPTED_SESSIONS
-from prfaas.transport.frames import FrameType, Ping, chunk_checksum, encode_control
+from prfaas.transport.frames import FrameType, Ping, checksum, encode_control
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.scratch import ScratchPool
@@ -51,7 +51,7 @@ async def test_a_lossy_chunk_is_taken_only_where_this_side_allows_it(tensor: int
         form = ChunkForm((TensorKind.KEY, TensorKind.VALUE)[tensor], "bfloat16", 64)
         wire = memoryview(codec.encode(data, form))
         place = (0, tensor, 0, 0)
-        changes = {"codec": codec.number, "raw_bytes": len(data), "checksum": chunk_checksum(wire, *place)}
+        changes = {"codec": codec.number, "raw_bytes": len(data)}
         lane.writer.write(chunk_frame(bytes(wire), place, **changes))
         if allowed:
             assert (await lane.until(FrameType.ACK)).chunks == [1]
@@ -123,16 +123,16 @@ async def test_copies_of_a_chunk_that_is_being_checked_are_remembered_once() -> 
         codec = codec_by_name("zstd")
         data = bytes(12800)
         wire = bytes(codec.encode(memoryview(data), ChunkForm(TensorKind.KEY, "bfloat16", 64)))
-        changes = {
-            "codec": codec.number,
-            "raw_bytes": len(data),
-            "checksum": chunk_checksum(memoryview(data), 0, 0, 0, 0),
-        }
-        first.writer.write(chunk_frame(wire, **changes))
+
+        def frame(number: int) -> bytes:
+            check = checksum(data, 1, number)
+            return chunk_frame(wire, codec=codec.number, raw_bytes=len(data), sequence=number, checksum=check)
+
+        first.writer.write(frame(1))
         first.writer.write(encode_control(Ping(1.0)))
         await first.until(FrameType.PONG)
         for number in range(1000):
-            second.writer.write(chunk_frame(wire, **changes, sequence=2 + number))
+            second.writer.write(frame(2 + number))
         second.writer.write(encode_control(Ping(1.0)))
         await second.until(FrameType.PONG)
         remembered = len(transfer.receiver._acknowledge_on)

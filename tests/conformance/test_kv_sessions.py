@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import structlog
-from prfaas.common.errors import PeerRefusedError, TransferCancelledError
+from prfaas.common.errors import LaneLostError, PeerRefusedError, TransferCancelledError
 from prfaas.transport.api import KvAddress
-from prfaas.transport.frames import Error, FrameType, Hello, Ping, encode_control
+from prfaas.transport.endpoint import KvEndpoint
+from prfaas.transport.frames import Error, FrameHeader, FrameType, Hello, Ping, encode_control
 from prfaas.transport.handshake import signed
 from prfaas.transport.lanes.tcp import TcpBackend
 from prfaas.transport.ticket import TicketBook
@@ -22,6 +24,7 @@ from tests.conformance.kv_harness import (
     SOON_S,
     FaultyBackend,
     MakeBackend,
+    Pair,
     RawLane,
     dense,
     hello_body,
@@ -134,24 +137,28 @@ async def test_a_session_is_not_closed_under_a_transfer(
     idle_s = 0.5 if kind == "ucx" else 0.1  # longer than lanes take to open
     async with pair(faulty, dense(), idle_s=idle_s) as p, contextlib.aclosing(p.endpoint("other")) as other:
         await other.start()
+        waiting = p.offer(spec_of(p.layout))  # at each moment there is one, or the test would race with the idle time
         await p.send()
-        lanes = len(faults[0].lanes)
-        for opened in (False, True):
-            transfer = p.offer(spec_of(p.layout))
-            if opened:
-                await transfer.sender.open()
-            before = len(faults[0].lanes)
-            p.near.connect("other", other.addresses)  # asked for later, and closed when that was too long ago
-            await faults[0].until_lost(lanes, after=before)
-            assert all(handler.open for handler in faults[0].lanes[:lanes])
-            if not opened:
-                await transfer.sender.open()
-            transfer.put_all()
-            await transfer.complete()
-        closed, dropped = p.offer(spec_of(p.layout)), p.offer(spec_of(p.layout))
-        await closed.sender.aclose()
+        lanes = faults[0].lanes[: p.config.lanes * 2]
+        await idle_time_passes(p, faults[0], other)
+        assert all(handler.open for handler in lanes)
+        opened, waiting = waiting, p.offer(spec_of(p.layout))
+        await opened.sender.open()
+        await waiting.sender.aclose()
+        dropped = p.offer(spec_of(p.layout))
         dropped.sender = None
-        await faults[0].until_lost(lanes)
+        await idle_time_passes(p, faults[0], other)
+        assert all(handler.open for handler in lanes)
+        opened.put_all()
+        await opened.complete()
+        await faults[0].until_lost(len(lanes))
+
+
+async def idle_time_passes(p: Pair, faults: FaultyBackend, other: KvEndpoint) -> None:
+    """A session that was asked for later than the one under test has been closed because nobody used it."""
+    before = len(faults.lanes)
+    p.near.connect("other", other.addresses)
+    await faults.until_lost(2 * p.config.lanes, after=before)
 
 
 async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backend: MakeBackend) -> None:
@@ -165,6 +172,54 @@ async def test_a_node_that_is_somewhere_else_each_time_holds_few_sessions(backen
         assert len([entry for entry in logs if entry["event"] == "kv session closed"]) == 16, logs
         transfer.put_all()
         await transfer.complete()
+
+
+async def test_a_node_that_leaves_says_so_after_the_chunk_that_has_begun(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """In the middle of a chunk an ERROR would be taken for its bytes, and a lane that is only cut makes the other side
+    wait for the next one."""
+    async with pair(faulty, dense(1), lanes=1, chunk_bytes=4 << 20, credit_bytes=32 << 20, resume_s=60.0) as p:
+        transfer = p.offer(spec_of(p.layout, (0, 32768)))
+        await transfer.sender.open()
+        leaving: list[asyncio.Task[None]] = []
+
+        def leave(_header: FrameHeader) -> None:
+            if not leaving:
+                leaving.append(asyncio.create_task(p.near.aclose()))
+
+        faults[0].on_chunk = leave
+        transfer.put_all()
+        with pytest.raises(LaneLostError, match="lanes to near were lost: the node is shutting down"):
+            async with asyncio.timeout(SOON_S):
+                await transfer.receiver.finished()
+        await leaving[0]
+        await transfer.sender.aclose()
+        await transfer.receiver.aclose()
+
+
+async def test_a_lane_too_many_is_closed_when_what_it_took_has_arrived(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """Closing one costs nothing: no chunk has to leave again on another."""
+    async with pair(faulty, dense(2), lanes=3, chunk_bytes=1 << 20, credit_bytes=8 << 20) as p:
+        transfer = p.offer(spec_of(p.layout, (0, 32768)))
+        await transfer.sender.open()
+        [dialler] = p.near._dialled.values()
+        chunks, retired = itertools.count(1), []
+
+        def fewer(_header: FrameHeader) -> None:
+            if next(chunks) == 5:
+                retired.extend(channel.closed for channel in dialler.session.channels() if channel.index)
+                dialler._set_lanes(1)
+
+        faults[0].on_chunk = fewer
+        transfer.put_all()
+        await transfer.complete()
+        assert transfer.sender.report.moved_chunks == 0
+        async with asyncio.timeout(SOON_S):
+            await asyncio.gather(*retired)
+        await p.send(seed=1)
 
 
 # -- answers that come late -------------------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ VALUES: tuple[Any, ...] = (
     *NUMBERS, -1, -(1 << 63), 0.0, 1e308, math.nan, math.inf, -math.inf, "", "x", "x" * 1001, "é" * 300, "0" * 32, b"",
     b"\x00" * 32, None, True, False, [], {}, [1], [[]], {"x": [1.5]}, [0] * 500,
 )  # fmt: skip
-FIELD_BITS = (16, 8, 8, 16, 8, 8, 32, 32, 16, 16, 32, 64, 32, 32, 64)  # as frames.HEADER
+FIELD_BITS = (16, 8, 8, 16, 8, 8, 32, 32, 16, 16, 32, 64, 32, 32, 64, 64)  # as frames.HEADER
+HELLO_FIELDS = frames.Hello((1,), "near", "0" * 32, 0, 4, "f" * 32, 1000.0, "nonce", ("raw", "lz4"), ("a",), "here")
 BODIES = (
-    frames.Hello((1,), "near", "0" * 32, 0, 4, "f" * 32, 1000.0, "nonce", ("raw", "lz4"), ("a",), "here"),
-    frames.Open("ticket", 1, "0" * 32, 0, 700, 0, 1, 0, None, "f" * 32, "h" * 32, {"key": "bfloat16"}, 30.0, {"a": 1}),
+    frames.SignedHello(frames.encode_hello(HELLO_FIELDS), b"m" * 32),
+    frames.Open("ticket", 1, "0" * 32, 0, 700, 0, 1, 0, None, "f" * 32, "h" * 32, {"key": "bfloat16"}, 30.0, 1),
     frames.Opened(1, 65536),
     frames.Opened(2, no_room=True, retry_after_s=0.05),
     frames.Opened(3, refused="no", kind="ticket"),
@@ -44,6 +45,13 @@ BODIES = (
 )  # fmt: skip
 _RECEIVERS = (frames.Opened, frames.Credit, frames.Ack)
 HELLO = frames.encode_control(BODIES[0])
+
+
+def header_for(type: FrameType, data: bytes, flags: int = 0) -> bytes:
+    """That of a control frame whose body is `data`, good or not."""
+    check = frames.checksum(data, 1, 0)
+    header = frames.FrameHeader(frames.MAGIC, 1, type, flags, 0, 0, len(data), 1, 0, 0, 0, 0, 0, 0, check, 0)
+    return frames.encode_header(header)
 
 
 class HostileFrames:
@@ -70,7 +78,7 @@ class HostileFrames:
             type = rng.choice(tuple(frames.BODY_TYPES))
             flags = frames.FROM_RECEIVER if type in (FrameType.OPENED, FrameType.CREDIT, FrameType.ACK) else 0
             data = self.body(type)[: frames.body_limit(type)]
-            frame = HEADER.pack(frames.MAGIC, 1, type, flags, 0, 0, len(data), 1, *(0,) * 7) + data
+            frame = header_for(type, data, flags) + data
         return self.header_changed(frame) if rng.random() < 0.25 else frame
 
     def chunk(self) -> bytes:
@@ -85,18 +93,25 @@ class HostileFrames:
             rng.randrange(3),
             rng.choice((0, 0, 8, 80, 295, 1 << 40)),
         )
-        checksum = frames.chunk_checksum(memoryview(data), *place) if rng.random() < 0.7 else rng.getrandbits(64)
-        return frames.encode_chunk_header(1, rng.getrandbits(8), place, size, wire, codec, checksum) + data
+        sequence = rng.getrandbits(8)
+        check = frames.checksum(data, 1, sequence) if rng.random() < 0.7 else rng.getrandbits(64)
+        return frames.encode_chunk_header(1, sequence, place, size, wire, codec, check) + data
 
     def header_changed(self, frame: bytes) -> bytes:
-        """One or two fields of the header have another value."""
+        """One or two fields of the header have another value; mostly the sender's fault, so that the checks fit."""
         rng = self.rng
         fields = list(HEADER.unpack_from(frame))
         for _ in range(rng.choice((1, 1, 2))):
             field = rng.randrange(len(fields))
             value = rng.choice(NUMBERS) if rng.random() < 0.6 else fields[field] + rng.choice((-1, 1))
             fields[field] = value % (1 << FIELD_BITS[field])
-        return HEADER.pack(*fields) + frame[HEADER_BYTES:]
+        header, body = frames.FrameHeader._make(fields), frame[HEADER_BYTES:]
+        kind = rng.random()
+        if kind < 0.1:
+            return HEADER.pack(*header) + body
+        if kind < 0.9 and header.type != FrameType.CHUNK:
+            header = header._replace(checksum=frames.checksum(body, header.transfer, header.sequence))
+        return frames.encode_header(header) + body
 
     def damaged(self, data: bytes) -> bytes:
         """Bits flipped, bytes dropped, doubled or put in, the end cut off."""
@@ -125,7 +140,14 @@ class HostileFrames:
             return self.large(type)
         if rng.random() < 0.1:
             return rng.randbytes(rng.randrange(1, 100))
-        body = rng.choice([body for body in BODIES if isinstance(body, frames.BODY_TYPES[type])])
+        return self._changed(rng.choice([body for body in BODIES if isinstance(body, frames.BODY_TYPES[type])]))
+
+    def hello(self) -> bytes:
+        """What a HELLO's `hello` may hold."""
+        return self.deep() if self.rng.random() < 0.1 else self._changed(HELLO_FIELDS)
+
+    def _changed(self, body: frames.Body) -> bytes:
+        rng = self.rng
         fields: dict[Any, Any] = msgspec.to_builtins(body, builtin_types=(bytes,))
         for _ in range(rng.choice((0, 1, 1, 2))):
             name = rng.choice((*fields, "unknown"))
@@ -160,7 +182,7 @@ class HostileFrames:
                 lambda: {"chunks": [1 << 40] * (room // 9 - 10)},
                 lambda: {"timings": {"computed_s": [1.5] * (room // 9 - 10)}},
                 lambda: {"timings": {f"{i:x}": 1.5 for i in range(room // 16)}},
-                lambda: {"reserved": {f"{i:x}": i for i in range(room // 9)}},
+                lambda: {"dtypes": {f"{i:x}": "" for i in range(room // 9)}},
                 lambda: {"versions": [1] * (room - 100)},
             )
         )()

@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prfaas.common.auth import NonceWindow
+from prfaas.common.auth import NonceWindow, sign
 from prfaas.common.errors import ChecksumError, PeerRefusedError, ProtocolError, TicketError
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.transport import connection, frames
 from prfaas.transport.api import TransferSpec
 from prfaas.transport.connection import SINK_BYTES, ChunkArrived, Control, LaneConnection, LaneState
-from prfaas.transport.frames import HEADER, HEADER_BYTES, FrameHeader, FrameType, Hello
-from prfaas.transport.handshake import check_hello, signed
+from prfaas.transport.frames import HEADER, HEADER_BYTES, FrameHeader, FrameType, SignedHello
+from prfaas.transport.handshake import check_hello
 from prfaas.transport.ticket import TicketBook, read_claims
 from prfaas.transport.transfer import Placement, ReceivingTransfer
 
+from tests.fuzz import hostile_frames
 from tests.fuzz.hostile_frames import HostileFrames
 
 KEY_AND_VALUE = tuple(TensorLayout(kind, "bfloat16", 2, (4,)) for kind in (TensorKind.KEY, TensorKind.VALUE))
@@ -114,8 +115,7 @@ class Lane:
         if data is not None:
             assert len(data) == header.body_bytes
             if header.codec == frames.RAW:
-                place = (header.layer, header.tensor, header.row, header.offset_bytes)
-                assert event.checksum == frames.chunk_checksum(memoryview(data), *place)
+                assert event.checksum == frames.checksum(data, header.transfer, header.sequence)
         self.events.append((header, data))
 
 
@@ -160,9 +160,15 @@ def fuzz_header(hostile: HostileFrames) -> None:
 def fuzz_body(hostile: HostileFrames) -> None:
     type = hostile.rng.choice(tuple(frames.BODY_TYPES))
     try:
-        frames.parse_body(type, hostile.body(type))
+        parse_body(type, hostile.body(type))
     except ProtocolError:
         return
+
+
+def parse_body(type: FrameType, data: bytes) -> frames.ControlBody:
+    """Behind a header that is right."""
+    header = frames.parse_header(hostile_frames.header_for(type, data))
+    return frames.parse_body(header, data)
 
 
 def fuzz_place(hostile: HostileFrames) -> None:
@@ -228,7 +234,7 @@ def begin_chunk(hostile: HostileFrames, transfer: ReceivingTransfer, model: Plac
     layer, tensor, row = rng.choice((0, 0, 0, 2, 2, 1, 3)), rng.choice((0, 0, 1, 2)), rng.choice((0, 0, 1, 2))
     offset = rng.choice((0, 8, 40, 295, 296, rng.randrange(300), (1 << 64) - 1))
     copy = rng.choice((0, 0, 1, 2))
-    chunk = FrameHeader(0, 1, FrameType.CHUNK, 0, 0, copy, size, 1, layer, tensor, row, offset, size, 1, 0)
+    chunk = FrameHeader(0, 1, FrameType.CHUNK, 0, 0, copy, size, 1, layer, tensor, row, offset, size, 1, 0, 0)
     if rng.random() < 0.1:
         chunk = FrameHeader._make(HEADER.unpack_from(hostile.header_changed(HEADER.pack(*chunk))))
     granted = transfer.granted_bytes
@@ -276,16 +282,17 @@ def fuzz_hello(hostile: HostileFrames) -> None:
     """From bytes to the last check, as a stranger and as one who knows the secret."""
     rng = hostile.rng
     try:
-        hello = frames.parse_body(FrameType.HELLO, hostile.body(FrameType.HELLO)[: frames.MAX_HELLO_BYTES])
+        body = parse_body(FrameType.HELLO, hostile.body(FrameType.HELLO)[: frames.MAX_HELLO_BYTES])
     except ProtocolError:
         return
-    assert isinstance(hello, Hello)
+    assert isinstance(body, SignedHello)
     answer = rng.choice((None, "nonce"))
     if rng.random() < 0.7:
-        hello = signed(hello, b"s", answer or "")
+        data = hostile.hello()
+        body = SignedHello(data, sign(b"s", b"prfaas hello", data, (answer or "").encode()))
     try:
         check_hello(
-            hello,
+            body,
             secret=rng.choice((b"s", b"s", b"")),
             model_fingerprint="f" * 32,
             now_s=1000.0,
@@ -295,6 +302,8 @@ def fuzz_hello(hostile: HostileFrames) -> None:
             expect_answer_to=answer,
             expect_node=rng.choice((None, "near")),
         )
+    except ProtocolError:
+        return
     except PeerRefusedError as error:
         frames.encode_control(frames.Error("hello_refused", str(error)[: frames.MAX_REASON_CHARS]))
 

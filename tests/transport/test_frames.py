@@ -24,19 +24,20 @@ from prfaas.transport.frames import (
     Finish,
     FrameHeader,
     FrameType,
-    Hello,
     Open,
     Opened,
     Ping,
     Pong,
     Resume,
-    chunk_checksum,
+    SignedHello,
+    checksum,
     encode_chunk_header,
     encode_control,
+    encode_header,
     parse_header,
 )
 
-HELLO = Hello((1,), "n", "0" * 32, 0, 1, "f", 1.0, "nonce", mac=b"m")
+HELLO = SignedHello(b"hello", b"mac")
 OPEN = Open("ticket", 1, "0" * 32, 0, 9, 0, 1, 0, None, "f", "l", {"key": "bfloat16"})
 FRAMES: list[tuple[ControlBody, int]] = [
     (OPEN, 0),
@@ -106,7 +107,7 @@ def test_a_chunk_lands_in_its_destination_or_in_the_sink(step: int | None) -> No
     assert first.data is None
     assert first.checksum is None
     assert isinstance(second, ChunkArrived)
-    assert second.checksum == chunk_checksum(memoryview(data), 2, 1, 3, 64)
+    assert second.checksum == checksum(data, 1, 5)
     assert (second.header.layer, second.header.tensor, second.header.row, second.header.offset_bytes) == (2, 1, 3, 64)
     assert bytes(memory) == data + bytes(100)
     assert isinstance(third, Control)
@@ -180,7 +181,7 @@ CHUNK = FrameHeader._make(HEADER.unpack(encode_chunk_header(1, 1, (0, 0, 0, 0), 
 def test_a_bad_header_says_what_is_wrong(header: FrameHeader, text: str) -> None:
     """Before any body is read or memory taken."""
     with pytest.raises(ProtocolError, match=text):
-        parse_header(HEADER.pack(*header))
+        parse_header(encode_header(header))
 
 
 def test_a_control_frame_over_its_limit_is_not_even_made() -> None:
@@ -199,8 +200,27 @@ def test_any_bytes_give_events_or_a_protocol_error(data: bytes) -> None:
         return
 
 
-def test_the_checksum_covers_the_place() -> None:
-    """The same bytes in another place have another checksum: a header damaged on its way is found."""
+@given(st.integers(0, 8 * HEADER.size - 1))
+@settings(max_examples=8 * HEADER.size, deadline=None)
+def test_a_header_with_a_damaged_bit_is_refused(bit: int) -> None:
+    """Of a control frame and of a chunk, any bit of any field."""
+    for frame in (encode_control(Credit(5), 1, FROM_RECEIVER), encode_chunk_header(1, 2, (0, 0, 0, 0), 4, 4, 0, 9)):
+        header = bytearray(frame[: HEADER.size])
+        header[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ProtocolError):
+            parse_header(header)
+
+
+@pytest.mark.parametrize(("body", "flags"), FRAMES)
+def test_a_control_frame_with_a_damaged_body_is_refused(body: ControlBody, flags: int) -> None:
+    """Most of them would be a good frame that says something else: a CREDIT of another number, say."""
+    frame = bytearray(encode_control(body, 1, flags))
+    frame[-1] ^= 1
+    with pytest.raises(ProtocolError, match="damaged on its way"):
+        feed(opened(), bytes(frame))
+
+
+def test_the_checksum_says_whose_the_bytes_are() -> None:
+    """The same bytes have another one in another chunk, and in the chunk of that number of another transfer."""
     data = memoryview(b"k" * 1000)
-    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
-    assert len({chunk_checksum(data, *place) for place in places}) == len(places)
+    assert len({checksum(data, *whose) for whose in [(1, 1), (1, 2), (2, 1), (2, 2)]}) == 4

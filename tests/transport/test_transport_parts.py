@@ -9,13 +9,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prfaas.common.auth import NonceWindow
-from prfaas.common.errors import PeerRefusedError, TicketError
+from prfaas.common.auth import NonceWindow, sign
+from prfaas.common.errors import PeerRefusedError, ProtocolError, TicketError
 from prfaas.common.kv_layout import Shard, TokenRange
 from prfaas.transport.api import TransferSpec
 from prfaas.transport.arena import Allocator, Arena
 from prfaas.transport.clock import ClockEstimator
-from prfaas.transport.frames import Hello
+from prfaas.transport.frames import Hello, SignedHello, encode_hello
 from prfaas.transport.handshake import check_hello, signed
 from prfaas.transport.ticket import TicketBook, read_claims
 
@@ -161,7 +161,7 @@ HELLO = Hello((1,), "near", "0" * 32, 0, 4, "f", 1000.0, "nonce")
 
 
 def check(
-    hello: Hello,
+    hello: SignedHello,
     *,
     now_s: float = 1000.0,
     monotonic_s: float = 50.0,
@@ -226,6 +226,7 @@ def test_an_answer_names_the_node_that_was_meant() -> None:
         ({"session": "x"}, 1000.0, "no session"),
         ({"time_s": float("nan")}, 1000.0, "clock"),
         ({"answer": True}, 1000.0, "mixed up"),
+        ({"nonce": "n" * 65}, 1000.0, "nonce of 65"),
     ],
 )
 def test_a_bad_hello_is_refused_with_its_reason(changes: dict[str, object], now_s: float, text: str) -> None:
@@ -235,12 +236,30 @@ def test_a_bad_hello_is_refused_with_its_reason(changes: dict[str, object], now_
 
 
 @pytest.mark.parametrize(
-    "hello", [HELLO, signed(HELLO, b"wrong"), msgspec.structs.replace(signed(HELLO, b"s"), node="x")]
+    "hello",
+    [
+        signed(HELLO, b""),
+        signed(HELLO, b"wrong"),
+        msgspec.structs.replace(signed(HELLO, b"s"), hello=encode_hello(msgspec.structs.replace(HELLO, node="x"))),
+        SignedHello(b"no msgpack", b"m" * 32),
+    ],
 )
-def test_an_unsigned_or_altered_hello_is_refused(hello: Hello) -> None:
-    """No MAC, another secret's, or one field changed."""
+def test_an_unsigned_or_altered_hello_is_refused(hello: SignedHello) -> None:
+    """No MAC, another secret's, or one field changed; nothing of it is parsed before that is known."""
     with pytest.raises(PeerRefusedError, match="secret"):
         check(hello)
+
+
+def test_a_hello_of_a_later_version_with_keys_of_its_own_is_good() -> None:
+    """The MAC is over the bytes that came, so what this version doesn't know is under it and does no harm."""
+    data = msgspec.msgpack.encode({**msgspec.to_builtins(HELLO), "versions": [1, 2], "later": {"x": 1}})
+    check(SignedHello(data, sign(b"s", b"prfaas hello", data, b"")))
+
+
+def test_what_is_signed_and_no_hello_breaks_the_protocol() -> None:
+    data = msgspec.msgpack.encode({"node": 1})
+    with pytest.raises(ProtocolError, match="HELLO"):
+        check(SignedHello(data, sign(b"s", b"prfaas hello", data, b"")))
 
 
 def test_a_ticket_names_its_sender() -> None:

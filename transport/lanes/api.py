@@ -70,12 +70,17 @@ class Lane(Protocol):
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Send all, in order. The buffers are read until `unsent_bytes` is 0 and must not change before. A no-op on a
-        lost lane."""
+        lane that is closing."""
         ...
 
     @property
     def unsent_bytes(self) -> int:
         """Accepted by `write` but not yet handed to the network."""
+        ...
+
+    @property
+    def closing(self) -> bool:
+        """`close` or `abort` was called, or the network has ended the lane: `write` is a no-op, `lost` will follow."""
         ...
 
     def sample(self) -> LaneSample | None:

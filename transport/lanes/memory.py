@@ -59,12 +59,12 @@ class MemoryLane:
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[memoryview] = deque()
         self._scheduled = False
-        self._closing = False
         self._lost = False
+        self.closing = False
         self.unsent_bytes = 0
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        if self._lost or self._closing:
+        if self._lost or self.closing:
             return
         for buffer in buffers:
             view = memoryview(buffer).cast("B")
@@ -76,7 +76,7 @@ class MemoryLane:
         return None
 
     def close(self) -> None:
-        self._closing = True
+        self.closing = True
         self._schedule()
 
     def abort(self) -> None:
@@ -98,7 +98,7 @@ class MemoryLane:
             return
         if self._unsent:
             self._schedule()
-        elif self._closing:
+        elif self.closing:
             self._end()
             self.peer._end()
         elif budget < PIECE_BYTES:
@@ -124,7 +124,7 @@ class MemoryLane:
 
     def _end(self) -> None:
         if not self._lost:
-            self._lost = True
+            self._lost = self.closing = True
             self._unsent.clear()
             self.unsent_bytes = 0
             self._loop.call_soon(self._handler.lost, None)

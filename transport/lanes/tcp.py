@@ -155,6 +155,10 @@ class TcpLane(asyncio.BufferedProtocol):
 
     # -- Lane
 
+    @property
+    def closing(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(buffers)

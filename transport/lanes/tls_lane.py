@@ -94,6 +94,10 @@ class TlsLane(TcpLane):
         problem = tls_problem(exc)
         super().connection_lost(PeerRefusedError(problem) if problem is not None else exc)
 
+    @property
+    def closing(self) -> bool:
+        return self._closing or super().closing
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         transport = self._transport
         if transport is None or self._closing or transport.is_closing():

@@ -315,6 +315,10 @@ class UcxLane(asyncio.Protocol):
 
     # -- Lane
 
+    @property
+    def closing(self) -> bool:
+        return self._ended or self._closing
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         if self._ended or self._closing or self._stream is None:
             return

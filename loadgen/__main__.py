@@ -1,0 +1,135 @@
+"""The `prfaas-loadgen` command. A subcommand is a module with `add_arguments` and `run`, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, Protocol, cast
+
+from prfaas.common.errors import ConfigError, PrfaasError, UsageError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+HELP = """\
+usage: prfaas-loadgen COMMAND [flags]
+
+Load for an OpenAI-compatible server, and the same load on paper: measured,
+simulated, planned.
+
+commands:
+  run       send a workload to a server and measure every answer
+  simulate  the same workload through simulated regions, links and nodes
+  plan      best threshold and split, most requests/s, egress, bottleneck
+  report    tables and pages again from saved requests; compares several
+
+Every command has --help with an example; --help-all lists the rarer flags.
+
+examples:
+  prfaas-loadgen run --url http://127.0.0.1:8000 --request-rate 2 --num-prompts 100
+  prfaas-loadgen plan --case paper
+  prfaas-loadgen report run.jsonl --html run.html
+"""
+
+COMMANDS = {
+    "run": "prfaas.loadgen.client.command",
+    "simulate": "prfaas.loadgen.simulator.command",
+    "plan": "prfaas.loadgen.plan.command",
+    "report": "prfaas.loadgen.report.command",
+}
+
+
+class Command(Protocol):
+    """What a subcommand's module has. A module with SHOWS_ALL = True has rarer flags: `add_arguments` also takes
+    `show_all`, True for --help-all."""
+
+    DESCRIPTION: str
+    EXAMPLE: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /, **options: bool) -> None: ...
+
+    def run(self, args: argparse.Namespace, /) -> int: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line with a mend."""
+
+    def error(self, message: str) -> NoReturn:
+        words = [w for w in message.split() if w.startswith("--")]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        wrong = words[0].split("=")[0].rstrip(":") if words else ""
+        close = [] if wrong in known else difflib.get_close_matches(wrong, known, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"try {self.prog} --help"
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; {mend}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 called wrongly or not feasible, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        sys.stdout.write(f"prfaas-loadgen {version('prfaas')}\n")
+        return 0
+    name = arguments[0]
+    try:
+        return _run(name, arguments[1:])
+    except ConfigError as error:
+        return _failed(name, error.problems, EXIT_USAGE)
+    except UsageError as error:
+        return _failed(name, [str(error)], EXIT_USAGE)
+    except (PrfaasError, TimeoutError) as error:
+        return _failed(name, [str(error) or type(error).__name__], EXIT_FAILURE)
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except OSError as error:
+        return _failed(name, [str(error)], EXIT_FAILURE)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        mend = f"did you mean prfaas-loadgen {close[0]}?" if close else "try prfaas-loadgen --help"
+        raise UsageError(f"no such command; {mend}")
+    command = cast("Command", importlib.import_module(COMMANDS[name]))
+    parser = Parser(
+        prog=f"prfaas-loadgen {name}",
+        usage="%(prog)s [flags]",
+        description=command.DESCRIPTION,
+        epilog=command.EXAMPLE,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=min(120, shutil.get_terminal_size().columns)
+        ),
+        allow_abbrev=False,
+    )
+    if getattr(command, "SHOWS_ALL", False):
+        show_all = "--help-all" in arguments
+        command.add_arguments(parser, show_all=show_all)
+        parser.add_argument("--help-all", action="help", help="every flag")
+    else:
+        command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def _failed(name: str, problems: Sequence[str], status: int) -> int:
+    for problem in problems:
+        sys.stderr.write(f"prfaas-loadgen {name}: {problem}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
