@@ -92,6 +92,8 @@ class Load:
 class Outcome:
     """What became of each request, one entry each; NaN where it didn't get there. Instants on the load's clock."""
 
+    index: NDArray[np.int64]
+    """In the load."""
     arrival_s: NDArray[np.float64]
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
@@ -112,12 +114,34 @@ class Outcome:
     second_token_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
     wire_bytes: NDArray[np.float64]
+    reason: NDArray[np.int32]
+    """Of the last decision or refusal; indices into `reasons`."""
     reasons: dict[str, int]
     """How often each reason of a decision or refusal was given."""
     link_bytes: dict[tuple[str, str], float]
     """What crossed each link, cancelled transfers included."""
+    wire_ratio: float
+    """Bytes on the wire for a byte of KV."""
     busy_prefill_s: float
     """Seconds of prefill that were begun and not lost."""
+
+
+class Source(Protocol):
+    """When requests come that depend on when others end (`workloads.schedule.Schedule`)."""
+
+    def due(self, now_s: float) -> Sequence[DueRequest]: ...
+
+    def next_s(self) -> float: ...
+
+    def ended(self, index: int, now_s: float, *, go_on: bool = True) -> int: ...
+
+
+class DueRequest(Protocol):
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def scheduled_s(self) -> float: ...
 
 
 @dataclass
@@ -125,6 +149,7 @@ class Simulation:
     """One run. Give it a load, a cluster and a policy, call `run` once.
 
     concurrency: 0 = open loop, by the load's arrivals; else so many requests are always under way, in the load's order.
+    source: says instead when each request of the load comes; the load's own arrivals are then not looked at.
     hold: what finds all nodes full waits at the router rather than being refused. on_tick: called each `tick_s` with
     the snapshot, to adapt the policy. stop_s: no later events; what isn't done then stays without an end.
     """
@@ -134,6 +159,7 @@ class Simulation:
     policy: AdmittingPolicy
     changes: Sequence[Change] = ()
     concurrency: int = 0
+    source: Source | None = None
     hold: bool = False
     caches: PrefixCaches | None = None
     on_tick: Callable[[float, ClusterSnapshot], None] | None = None
@@ -162,6 +188,7 @@ class Simulation:
     _next: int = field(init=False, default=0)
     _live: int = field(init=False, default=0)
     _reasons: dict[str, int] = field(init=False, default_factory=dict)
+    _reason_codes: dict[str, int] = field(init=False, default_factory=dict)
     _busy_s: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
@@ -204,6 +231,7 @@ class Simulation:
         self._begun, self._bare, self._kv_ready = blank("d", nan), blank("d", nan), blank("d", nan)
         self._joined, self._first, self._second = blank("d", nan), blank("d", nan), blank("d", nan)
         self._end, self._wire = blank("d", nan), blank("d", 0.0)
+        self._reason = blank("i", 0)
         self._kv_held = blank("q", 0)
 
     def _add_decode(self, row: int) -> None:
@@ -226,6 +254,7 @@ class Simulation:
                 self._admit_next(0.0)
         heap, arrival = self._heap, self._arrival
         closed = self.concurrency > 0
+        source = self.source
         handlers = (
             self._on_start,
             self._on_prefilled,
@@ -239,7 +268,10 @@ class Simulation:
             self._on_learned,
         )
         while True:
-            arrives_s = _INF if closed or self._next >= count else arrival[self._next]
+            if source is not None:
+                arrives_s = source.next_s()
+            else:
+                arrives_s = _INF if closed or self._next >= count else arrival[self._next]
             if heap and heap[0][0] <= arrives_s:
                 now_s, _, kind, index, stamp = heapq.heappop(heap)
                 if now_s > self.stop_s:
@@ -247,6 +279,8 @@ class Simulation:
                 handlers[kind](now_s, index, stamp)
             elif arrives_s == _INF or arrives_s > self.stop_s:
                 break
+            elif source is not None:
+                self._take_due(source, arrives_s)
             else:
                 i = self._next
                 self._next = i + 1
@@ -257,6 +291,13 @@ class Simulation:
     def _push(self, at_s: float, kind: int, index: int, stamp: int) -> None:
         self._seq += 1
         heapq.heappush(self._heap, (at_s, self._seq, kind, index, stamp))
+
+    def _take_due(self, source: Source, now_s: float) -> None:
+        for due in source.due(now_s):
+            self._arrival[due.index] = due.scheduled_s
+            self._next = max(self._next, due.index + 1)
+            self._live += 1
+            self._dispatch(due.index, now_s)
 
     def _admit_next(self, now_s: float) -> None:
         """Closed loop: the next request takes the place of one that has ended."""
@@ -286,6 +327,7 @@ class Simulation:
         )
         answer = self.policy(request, snapshot)
         self._reasons[answer.reason] = self._reasons.get(answer.reason, 0) + 1
+        self._reason[i] = self._reason_codes.setdefault(answer.reason, len(self._reason_codes))
         if isinstance(answer, Refused):
             if self.hold and answer.reason != "deadline":
                 self._stage[i] = _PARKED
@@ -439,7 +481,9 @@ class Simulation:
         self._stage[i] = stage
         self._end[i] = now_s
         self._live -= 1
-        if self.concurrency:
+        if self.source is not None:
+            self.source.ended(i, now_s, go_on=stage == DONE)
+        elif self.concurrency:
             self._admit_next(now_s)
         if self._parked and stage == DONE:
             self._unpark(now_s)
@@ -487,8 +531,13 @@ class Simulation:
         self.snapshot.now_s = now_s
         if self.on_tick is not None:
             self.on_tick(now_s, self.snapshot)
-        if self._live or (not self.concurrency and self._next < len(self._arrival)):
+        if self._live or self._more_come():
             self._push(now_s + self.tick_s, _TICK, 0, 0)
+
+    def _more_come(self) -> bool:
+        if self.source is not None:
+            return self.source.next_s() < _INF
+        return not self.concurrency and self._next < len(self._arrival)
 
     # -- what happens to the cluster ---------------------------------------------------------------------------------
 
@@ -630,10 +679,12 @@ class Simulation:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _outcome(self) -> Outcome:
-        seen = slice(0, self._next)
+        # Of a source, requests that never came (the rest of a conversation that was given up) lie between the others.
+        seen = np.frombuffer(self._stage, np.int8) != _NEW
 
         def column(values: array, kind: type) -> NDArray:  # type: ignore[type-arg]
-            return np.frombuffer(values, kind)[seen].copy()
+            made: NDArray = np.frombuffer(values, kind)[seen]  # type: ignore[type-arg]
+            return made
 
         offloaded = np.frombuffer(self._link_used, np.int32)[seen] >= 0
         prefill = column(self._prefill_node, np.int32)
@@ -642,8 +693,9 @@ class Simulation:
             self._links[k].advance(min(self.stop_s, self._links[k]._now_s))
         return Outcome(
             arrival_s=column(self._arrival, np.float64),
-            prompt_tokens=self.load.prompt_tokens[seen].copy(),
-            output_tokens=self.load.output_tokens[seen].copy(),
+            index=np.flatnonzero(seen),
+            prompt_tokens=self.load.prompt_tokens[seen],
+            output_tokens=self.load.output_tokens[seen],
             status=column(self._stage, np.int8),
             prefill_node=prefill,
             decode_node=column(self._decode_node, np.int32),
@@ -658,7 +710,9 @@ class Simulation:
             second_token_s=column(self._second, np.float64),
             end_s=column(self._end, np.float64),
             wire_bytes=column(self._wire, np.float64),
+            reason=column(self._reason, np.int32),
             reasons=dict(self._reasons),
+            wire_ratio=self.wire_ratio,
             link_bytes={
                 (names[a], names[b]): link.sent_bytes for (a, b), link in zip(self._pairs, self._links, strict=True)
             },
