@@ -106,8 +106,10 @@ def _with_progress(seeds: int, requests: int) -> dict[str, Any]:
 
 def _write_results(path: Path, traces: Path | None, seeds: int, requests: int, args: argparse.Namespace) -> None:
     found = find(traces) if traces is not None else None
+    # A broken trace shows before anything takes time.
+    wanted = results.all_scenarios(traces)
     paper = _with_progress(seeds, requests)
-    made = list(results.summaries(traces, _progress))
+    made = list(results.summaries(wanted, _progress))
     page = results.document(made, paper, traces_given=found is not None)
     try:
         path.write_text(page, encoding="utf-8")

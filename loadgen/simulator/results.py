@@ -57,9 +57,9 @@ def summary(scenario: Scenario, runs: Sequence[Compared]) -> dict[str, Any]:
     }
 
 
-def summaries(traces: Path | None, progress: Progress) -> Iterator[dict[str, Any]]:
+def summaries(wanted: Sequence[tuple[Scenario, int]], progress: Progress) -> Iterator[dict[str, Any]]:
     """One scenario after the other."""
-    for scenario, seeds in all_scenarios(traces):
+    for scenario, seeds in wanted:
         runs = []
         for seed in range(seeds):
             progress(f"{scenario.name}, seed {seed + 1} of {seeds}")
@@ -118,8 +118,8 @@ def _how(traces_given: bool) -> str:
     return (
         f"The paper's PrfaaS system at {LOAD_SHARE} of its planned Λ_max (Poisson), steady for two minutes, then the"
         f" event. The window is the event and {RECOVERY_S:.0f} s of recovery. Goodput: requests/s within TTFT ≤ max(10"
-        " s, 2 × bare prefill of the pool that serves) and TPOT ≤ 27.5 ms. All sides get the same requests, refuse alike"
-        " what they predict to be late. (a) is the threshold planned for the steady case; (b) the best static threshold"
+        " s, 2 × bare prefill of the pool that serves) and TPOT ≤ 27.5 ms. All sides get the same requests and refuse"
+        " alike what they predict to be late. (a) is the threshold planned for the steady case; (b) the best static threshold"
         " found afterwards for each run; (c) the best that a search finds that knows when the event begins and ends"
         " (`loadgen/simulator/compare.py`), on the same requests. (c) is found, not proven: a bound over all policies"
         " would refuse the longest prompts first, since goodput counts requests, and nobody here may choose whom to"

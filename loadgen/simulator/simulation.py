@@ -646,6 +646,7 @@ class Simulation:
                 self._dead.discard(row)
                 snapshot.usable[row] = True
                 snapshot.prefill_free_at_s[row] = now_s
+        self._unpark(now_s)
 
     def _begin_role_change(self, change: RoleChange, now_s: float) -> None:
         snapshot = self.snapshot
@@ -675,10 +676,13 @@ class Simulation:
             self._decode.pop(row)
             self._decode_due_s.pop(row)
             self._places.pop(row)
+        self._unpark(now_s)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _outcome(self) -> Outcome:
+        for i in self._parked:
+            self._stage[i] = REFUSED
         # Of a source, requests that never came (the rest of a conversation that was given up) lie between the others.
         seen = np.frombuffer(self._stage, np.int8) != _NEW
 
