@@ -245,7 +245,9 @@ class RoundRobin(_Admitting):
         # decode_place has found one with room, so there is a next one; it may be the same.
         place = self._next_place(request, cluster) or place
         rows = _allowed(cluster, ROLE_PREFILL)
-        rows = rows[[reachable(cluster, int(region), place.region) for region in cluster.region[rows]]]
+        regions = range(len(cluster.region_names))
+        good = np.array([reachable(cluster, region, place.region) for region in regions], np.bool_)
+        rows = rows[good[cluster.region[rows]]]
         if not rows.size:
             return self._admitted(request, place, local_route(request, cluster, place), "no_prefill_node")
         row, self._prefill = int(rows[self._prefill % rows.size]), self._prefill + 1

@@ -48,7 +48,7 @@ def test_once_a_period():
 
 
 def test_hysteresis():
-    """A side that has begun to count as behind does so until it is nearly level; one that hasn't doesn't begin there."""
+    """A side that counts as behind does so until it is nearly level; one that doesn't yet doesn't begin there."""
     control = controller(behind_s=3.0, level_s=1.5)
     between = Observed(0.0, 2.0, 0.0, 0.1)
     control.update(between, 0.0)

@@ -46,7 +46,7 @@ def test_a_trace_with_caches(capsys, tmp_path):
     """Prefixes of a trace are found in the regions' pools."""
     lines = []
     for turn in range(1, 20):
-        ids = list(range(turn)) + [1000 + turn]
+        ids = [*range(turn), 1000 + turn]
         row = {"timestamp": turn * 5000, "input_length": 512 * turn + 9, "output_length": 5, "hash_ids": ids}
         lines.append(json.dumps(row))
     file = tmp_path / "trace.jsonl.gz"
