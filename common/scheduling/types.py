@@ -1,4 +1,4 @@
-"""What a policy sees and what it answers: (RequestSnapshot, ClusterSnapshot) -> Decision.
+"""What a policy sees and what it answers: (RequestSnapshot, ClusterSnapshot) -> Decision or Refused.
 
 The cluster is columnar, one numpy array a property and one entry a node, because a Python loop over 1,000 node
 objects costs 80 µs and an argmin costs 2. The shell updates the arrays in place; to a policy they are read-only.
@@ -7,13 +7,34 @@ objects costs 80 µs and an argmin costs 2. The shell updates the arrays in plac
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from prfaas.common.perfmodel.profiles import NodeProfile
 
 ROLE_PREFILL = 0
 ROLE_DECODE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatches:
+    """How much of a request's prompt caches hold, sparse: only where something is held. Tokens are of whole usable
+    prefixes (for a hybrid model: up to a stored state)."""
+
+    regions: NDArray[np.int32]
+    """Indices into `region_names` [matching regions]."""
+    region_tokens: NDArray[np.int64]
+    """Longest prefix that the region's pool holds [matching regions]."""
+    nodes: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Rows of nodes that hold some of it themselves [matching nodes]."""
+    node_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Longest prefix on the node [matching nodes]."""
+
+    def in_region(self, region: int) -> int:
+        """Tokens that this region's pool holds, 0 = none."""
+        found = self.region_tokens[self.regions == region]
+        return int(found[0]) if found.size else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +45,51 @@ class RequestSnapshot:
     prompt_tokens: int
     max_output_tokens: int
     uncached_tokens: int
+    """What the region that decodes doesn't hold; without caches, the prompt."""
     remaining_s: float | None = None
-    """Until the client's deadline; None = none."""
+    """Until the client's deadline for the first token; None = none."""
+    home_region: int | None = None
+    """The region that must decode; None = whichever has room."""
+    prefixes: PrefixMatches | None = None
+    waited_s: float = 0.0
+    """Since the request's arrival: above 0 when it is routed again after a failure."""
+
+
+@dataclass(slots=True)
+class LinkColumns:
+    """The WAN, one entry a pair of regions [from, to]; bandwidth 0 = no link. Egress of `from` is ingress of `to`."""
+
+    bandwidth_bytes_per_s: NDArray[np.float64]
+    """What the link carries now, as estimated."""
+    utilisation: NDArray[np.float64]
+    """Bytes sent of those that it could have, lately, 0 to 1."""
+    queued_bytes: NDArray[np.float64]
+    """Bytes on the wire that dispatched requests will still send: those whose prefill hasn't begun count whole."""
+    rtt_s: NDArray[np.float64]
+
+    @classmethod
+    def none(cls, regions: int) -> LinkColumns:
+        """No links between so many regions."""
+        return cls(*(np.zeros((regions, regions)) for _ in range(4)))
+
+
+class Pool(NamedTuple):
+    """Nodes of one role, region and profile. rows: a slice where they lie together (a view costs a tenth of a copy)."""
+
+    region: int
+    profile: int
+    rows: slice | NDArray[np.int64]
+    first: int
+    """rows[0]: added to an index into a slice's view it gives the row."""
 
 
 @dataclass(slots=True)
 class ClusterSnapshot:
     """Columns over nodes, all of the same length. `inflight_*` include what this router has dispatched itself since
-    the node's last heartbeat, else every request between two heartbeats goes to the same idle node."""
+    the node's last heartbeat, else every request between two heartbeats goes to the same idle node.
+
+    `LeastLoaded` reads the columns down to `free_kv_bytes`; the policies of `policies.py` all of them.
+    """
 
     names: list[str] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
@@ -45,6 +103,42 @@ class ClusterSnapshot:
     inflight_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Uncached prompt tokens queued or being prefilled (prefill), or context tokens held (decode)."""
     free_kv_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Memory for KV that no dispatched request will need."""
+    profile: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Index of the node's profile in `profiles`."""
+    profiles: list[NodeProfile] = field(default_factory=list)
+    prefill_free_at_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """When the node will have prefilled all that it was given, as predicted, on the clock of `now_s`: an instant needs
+    no update while time passes."""
+    decode_free_at_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """When a place in the batch will be free for one more request, as predicted from what was dispatched; an instant
+    that has passed: there is one."""
+    max_inflight_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """A node with so many is full."""
+    links: LinkColumns = field(default_factory=lambda: LinkColumns.none(0))
+    now_s: float = 0.0
+    layout_version: int = 0
+    """The shell raises it when a node comes, goes, or changes its region, role or profile: the pools follow."""
+    _pools: dict[int, list[Pool]] = field(default_factory=dict, repr=False)
+    _pools_version: int = field(default=-1, repr=False)
+
+    def pools(self, role: int) -> list[Pool]:
+        """The nodes of a role, by region and profile; kept until `layout_version` changes."""
+        if self._pools_version != self.layout_version:
+            self._pools = {role: _pools_of(self, role) for role in (ROLE_PREFILL, ROLE_DECODE)}
+            self._pools_version = self.layout_version
+        return self._pools[role]
+
+
+def _pools_of(cluster: ClusterSnapshot, role: int) -> list[Pool]:
+    rows = np.flatnonzero(cluster.role == role)
+    keys = sorted({(int(cluster.region[row]), int(cluster.profile[row])) for row in rows})
+    pools = []
+    for region, profile in keys:
+        own = rows[(cluster.region[rows] == region) & (cluster.profile[rows] == profile)]
+        together = own[-1] - own[0] + 1 == own.size
+        pools.append(Pool(region, profile, slice(int(own[0]), int(own[-1]) + 1) if together else own, int(own[0])))
+    return pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +153,20 @@ class Decision:
     decode_node: int
     token_start: int
     reason: str
+    prefill_start: int = 0
+    """Tokens [0, prefill_start) come from a cache on the prefill side, so prefill computes the rest of the prompt."""
+    fetch_region: int | None = None
+    """Where tokens up to `prefill_start` are fetched from over the WAN first; None = the prefill region has them."""
+    predicted_ttft_s: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not admitted. The router answers 429 with `Retry-After` when `reason` is "deadline", 503 otherwise."""
+
+    reason: str
+    """deadline: nobody would be in time; full: no node has room; no_decode_node, no_prefill_node."""
+    retry_after_s: float
 
 
 class Policy(Protocol):
@@ -67,3 +175,9 @@ class Policy(Protocol):
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | None:
         """None: no decode node can serve this now."""
         ...
+
+
+class AdmittingPolicy(Protocol):
+    """A policy that also says why not, and when to try again. It may hold state of its own (a cursor), but no clock."""
+
+    def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused: ...

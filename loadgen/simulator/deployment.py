@@ -1,0 +1,180 @@
+"""The flags that describe a deployment, and the simulation of a workload on it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from prfaas.common.errors import ConfigError
+from prfaas.common.perfmodel.lengths import sample_of
+from prfaas.common.perfmodel.links import LinkProfile
+from prfaas.common.perfmodel.profiles import NodeProfile, named
+from prfaas.common.scheduling.planner import LIVE, Demand, HomePool, OffloadPool, plan
+from prfaas.common.scheduling.policies import (
+    ADMIT_ALL,
+    AdaptiveThreshold,
+    Admission,
+    HomogeneousPd,
+    OffloadAll,
+    RoundRobin,
+    StaticThreshold,
+)
+from prfaas.common.scheduling.types import AdmittingPolicy
+from prfaas.loadgen.simulator.caches import CacheBlind, RegionCaches
+from prfaas.loadgen.simulator.case_paper import AWAY, HOME
+from prfaas.loadgen.simulator.cluster import Cluster, Group
+from prfaas.loadgen.simulator.simulation import Load, Outcome, Simulation
+from prfaas.loadgen.simulator.trace_scenario import cache_sizes
+from prfaas.loadgen.workloads.schedule import Schedule
+from prfaas.loadgen.workloads.workload import Workload
+
+POLICIES = ("adaptive", "static", "homogeneous", "offload-all", "round-robin")
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """policy: makes a new one. cache_bytes: of each region's pool, 0 = no caches."""
+
+    cluster: Cluster
+    policy_name: str
+    policy: Callable[[], AdmittingPolicy]
+    threshold_tokens: float | None
+    cache_bytes: int
+    cache_blind: bool
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        return {f"{group.region} {group.role} ({group.profile.name})": group.nodes for group in self.cluster.groups}
+
+    def run(self, workload: Workload) -> Outcome:
+        """One run; an adaptive policy is given a tick a second."""
+        policy = self.policy()
+        adapt = getattr(policy, "adapt", None)
+        caches = self._caches(workload)
+        return Simulation(
+            self.cluster,
+            _load(workload),
+            CacheBlind(policy) if self.cache_blind else policy,
+            source=Schedule(workload),
+            hold=True,
+            caches=caches,
+            on_tick=adapt,
+        ).run()
+
+    def _caches(self, workload: Workload) -> RegionCaches | None:
+        if not self.cache_bytes:
+            return None
+        sizes = cache_sizes(self.cluster.groups[0].profile, workload.prefixes.block_tokens)
+        regions = range(len(self.cluster.region_names))
+        return RegionCaches(workload.prefixes, workload.prompt_tokens, sizes, dict.fromkeys(regions, self.cache_bytes))
+
+
+def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Regions, nodes, the link between them, and the policy."""
+    add = parser.add_argument_group("where it runs").add_argument
+    add("--prefill-profile", metavar="P", default="paper-h200", help="nodes of the prefill region [paper-h200]")
+    add("--decode-profile", metavar="P", default="paper-h20", help="home nodes, of both roles [paper-h20]")
+    add("--prfaas-nodes", metavar="N", default="4", help="nodes of the prefill region [4]")
+    add("--home-nodes", metavar="N", default="8", help="nodes of the home region [8]")
+    add("--home-prefill-nodes", metavar="N", help="of these, so many prefill [as planned]")
+    add("--link-gbps", metavar="G", default="100", help="between the regions [100]")
+    add("--link-rtt-ms", metavar="MS", default="20", help="its round trip [20]")
+    add("--link-loss", metavar="X", default="0", help="share of bytes that are sent again [0]")
+    add("--policy", choices=POLICIES, default="adaptive", help="how requests are routed [adaptive]")
+    add("--threshold", metavar="TOKENS", help="longer uncached lengths are offloaded [as planned]")
+    add("--cache-gib", metavar="GIB", default="0", help="prefix pool of each region [0: no caches]")
+    add("--cache-blind", action="store_true", help="the policy isn't told what caches hold")
+    add("--admit-all", action="store_true", help="refuse nothing, however late it will be")
+
+
+def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
+    """Raises ConfigError with one line a mistake, InfeasibleError when nothing could be served."""
+    numbers = _Numbers()
+    prfaas = numbers.whole("--prfaas-nodes", args.prfaas_nodes, 0)
+    home = numbers.whole("--home-nodes", args.home_nodes, 1)
+    split = (
+        None if args.home_prefill_nodes is None else numbers.whole("--home-prefill-nodes", args.home_prefill_nodes, 0)
+    )
+    gbps = numbers.number("--link-gbps", args.link_gbps)
+    rtt_ms, loss = numbers.number("--link-rtt-ms", args.link_rtt_ms), numbers.number("--link-loss", args.link_loss)
+    threshold = None if args.threshold is None else numbers.number("--threshold", args.threshold)
+    cache_gib = numbers.number("--cache-gib", args.cache_gib)
+    if loss >= 1:
+        numbers.problems.append(f"--link-loss {args.link_loss} must be below 1")
+    if numbers.problems:
+        raise ConfigError(numbers.problems)
+    away_profile, home_profile = named(args.prefill_profile), named(args.decode_profile)
+    link = LinkProfile.of_gbps(gbps, rtt_ms * 1e-3, loss)
+    threshold, split = _planned(workload, away_profile, home_profile, prfaas, home, link, threshold, split)
+    groups = [Group(HOME, "prefill", home_profile, split), Group(HOME, "decode", home_profile, home - split)]
+    if prfaas:
+        groups.append(Group(AWAY, "prefill", away_profile, prfaas))
+    links = {(AWAY, HOME): link, (HOME, AWAY): link} if prfaas else {}
+    admission = ADMIT_ALL if args.admit_all else Admission()
+    made = {
+        "adaptive": lambda: AdaptiveThreshold(admission, planned_tokens=threshold),
+        "static": lambda: StaticThreshold(admission, threshold_tokens=threshold),
+        "homogeneous": lambda: HomogeneousPd(admission),
+        "offload-all": lambda: OffloadAll(admission),
+        "round-robin": lambda: RoundRobin(admission),
+    }
+    has_threshold = args.policy in ("adaptive", "static") and math.isfinite(threshold)
+    return Deployment(
+        Cluster(groups, links),
+        args.policy,
+        made[args.policy],
+        threshold if has_threshold else None,
+        round(cache_gib * 2**30),
+        args.cache_blind,
+    )
+
+
+def _planned(
+    workload: Workload,
+    away: NodeProfile,
+    home: NodeProfile,
+    prfaas_nodes: int,
+    home_nodes: int,
+    link: LinkProfile,
+    threshold: float | None,
+    split: int | None,
+) -> tuple[float, int]:
+    """The slow planner's threshold and split, where the flags don't say."""
+    if threshold is not None and split is not None:
+        return threshold, split
+    demand = Demand(sample_of(workload.prompt_tokens), float(workload.output_tokens.mean()))
+    offload = (OffloadPool(away, prfaas_nodes, link),) if prfaas_nodes else ()
+    settings = replace(LIVE, tpot_limit_s=max(LIVE.tpot_limit_s, home.step_s(1, demand.decode_context_tokens)))
+    best = plan(demand, HomePool(home, home_nodes), offload, settings, threshold_tokens=threshold, n_prefill=split)
+    return best.threshold_tokens, best.n_prefill
+
+
+def _load(workload: Workload) -> Load:
+    """The columns; the times are the schedule's."""
+    return Load(np.zeros(len(workload)), workload.prompt_tokens, workload.output_tokens)
+
+
+class _Numbers:
+    """Reads numbers and remembers what was wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def whole(self, flag: str, given: str, least: int) -> int:
+        if given.isascii() and given.isdigit() and least <= int(given) <= 100_000:
+            return int(given)
+        self.problems.append(f"{flag} {given} must be a whole number from {least} to 100,000")
+        return least
+
+    def number(self, flag: str, given: str) -> float:
+        try:
+            value = float(given)
+        except ValueError:
+            value = math.nan
+        if 0 <= value < 1e12:
+            return value
+        self.problems.append(f"{flag} {given} must be a number from 0 on")
+        return 0.0

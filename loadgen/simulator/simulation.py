@@ -1,0 +1,724 @@
+"""The event loop. Pure: time is virtual, and the only randomness is in the load that it is given.
+
+    arrival ─▶ policy ─▶ prefill node's queue ─▶ prefill ═ link ═▶ decode node's batch ─▶ end
+                 │ refused                           layer-wise, shared
+
+A prefill node serves one request at a time, in order of dispatch (Θ = N / T), so that the instants of a request's
+prefill are known when it is dispatched, and the queue needs no events. A request has two to four events in all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from prfaas.common.errors import ConfigError
+from prfaas.common.scheduling.types import (
+    ROLE_DECODE,
+    ROLE_PREFILL,
+    AdmittingPolicy,
+    ClusterSnapshot,
+    Decision,
+    PrefixMatches,
+    Refused,
+    RequestSnapshot,
+)
+from prfaas.loadgen.simulator.cluster import (
+    ROLES,
+    Change,
+    Cluster,
+    LinkChange,
+    NodesBack,
+    NodesLost,
+    RoleChange,
+    check_changes,
+)
+from prfaas.loadgen.simulator.decode import DecodeNode
+from prfaas.loadgen.simulator.link import SharedLink
+
+_START, _PREFILLED, _LINK, _KV_READY, _DECODE, _TICK, _CHANGE, _SWITCHED, _ARRIVE, _LEARNED = range(10)
+_NEW, _PREFILL, _TRANSFER, _WAITING, _DECODING, DONE, REFUSED, _PARKED = range(8)
+_INF = float("inf")
+MAX_REQUESTS = 100_000_000
+
+
+class PrefixCaches(Protocol):
+    """What the regions' pools hold; `i` is the request's index in the load."""
+
+    def matches(self, i: int) -> PrefixMatches | None: ...
+
+    def prefilled(self, i: int, region: int, node: int) -> None:
+        """The prompt's KV is complete in this region, on this node."""
+        ...
+
+    def decoded(self, i: int, region: int) -> None:
+        """So is that of its output."""
+        ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests in order of arrival, one entry each. arrival_s: non-decreasing. home_region: index of the region that
+    must decode, −1 = any; None = any for all. Raises ConfigError for what is none of this."""
+
+    arrival_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    home_region: NDArray[np.int32] | None = None
+
+    def __post_init__(self) -> None:
+        count = self.arrival_s.size
+        if not 1 <= count <= MAX_REQUESTS:
+            raise ConfigError([f"{count} requests; a simulation has 1 to {MAX_REQUESTS}"])
+        if self.prompt_tokens.size != count or self.output_tokens.size != count:
+            raise ConfigError(["arrival_s, prompt_tokens and output_tokens must be of one length"])
+        for name, least in (("prompt_tokens", 1), ("output_tokens", 1), ("arrival_s", 0)):
+            column = getattr(self, name)
+            if (wrong := np.flatnonzero(~(column >= least))).size:
+                raise ConfigError(
+                    [f"request {wrong[0] + 1}: {name} is {column[wrong[0]]}; it must be at least {least}"]
+                )
+        if (wrong := np.flatnonzero(np.diff(self.arrival_s) < 0)).size:
+            raise ConfigError([f"request {wrong[0] + 2} arrives before the one ahead of it"])
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of each request, one entry each; NaN where it didn't get there. Instants on the load's clock."""
+
+    index: NDArray[np.int64]
+    """In the load."""
+    arrival_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    status: NDArray[np.int8]
+    """DONE or REFUSED."""
+    prefill_node: NDArray[np.int32]
+    """−1: none, or the decode node itself."""
+    decode_node: NDArray[np.int32]
+    offloaded: NDArray[np.int8]
+    retries: NDArray[np.int32]
+    cached_tokens: NDArray[np.int64]
+    prefill_start_s: NDArray[np.float64]
+    prefill_s: NDArray[np.float64]
+    """Bare, of the pool that served it."""
+    kv_ready_s: NDArray[np.float64]
+    joined_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    second_token_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+    wire_bytes: NDArray[np.float64]
+    reason: NDArray[np.int32]
+    """Of the last decision or refusal; indices into `reasons`."""
+    reasons: dict[str, int]
+    """How often each reason of a decision or refusal was given."""
+    link_bytes: dict[tuple[str, str], float]
+    """What crossed each link, cancelled transfers included."""
+    wire_ratio: float
+    """Bytes on the wire for a byte of KV."""
+    busy_prefill_s: float
+    """Seconds of prefill that were begun and not lost."""
+
+
+class Source(Protocol):
+    """When requests come that depend on when others end (`workloads.schedule.Schedule`)."""
+
+    def due(self, now_s: float) -> Sequence[DueRequest]: ...
+
+    def next_s(self) -> float: ...
+
+    def ended(self, index: int, now_s: float, *, go_on: bool = True) -> int: ...
+
+
+class DueRequest(Protocol):
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def scheduled_s(self) -> float: ...
+
+
+@dataclass
+class Simulation:
+    """One run. Give it a load, a cluster and a policy, call `run` once.
+
+    concurrency: 0 = open loop, by the load's arrivals; else so many requests are always under way, in the load's order.
+    source: says instead when each request of the load comes; the load's own arrivals are then not looked at.
+    hold: what finds all nodes full waits at the router rather than being refused. on_tick: called each `tick_s` with
+    the snapshot, to adapt the policy. stop_s: no later events; what isn't done then stays without an end.
+    """
+
+    cluster: Cluster
+    load: Load
+    policy: AdmittingPolicy
+    changes: Sequence[Change] = ()
+    concurrency: int = 0
+    source: Source | None = None
+    hold: bool = False
+    caches: PrefixCaches | None = None
+    on_tick: Callable[[float, ClusterSnapshot], None] | None = None
+    tick_s: float = 1.0
+    stop_s: float = _INF
+    layers: int = 64
+    wire_ratio: float = 1.0
+
+    snapshot: ClusterSnapshot = field(init=False)
+    _heap: list[tuple[float, int, int, int, int]] = field(init=False, default_factory=list)
+    _seq: int = field(init=False, default=0)
+    _links: list[SharedLink] = field(init=False, default_factory=list)
+    _pairs: list[tuple[int, int]] = field(init=False, default_factory=list)
+    _link_of: dict[tuple[int, int], int] = field(init=False, default_factory=dict)
+    _pending_bytes: list[float] = field(init=False, default_factory=list)
+    _rtt_s: list[float] = field(init=False, default_factory=list)
+    _link_due_s: list[float] = field(init=False, default_factory=list)
+    _sent_before: list[float] = field(init=False, default_factory=list)
+    _decode: dict[int, DecodeNode] = field(init=False, default_factory=dict)
+    _decode_due_s: dict[int, float] = field(init=False, default_factory=dict)
+    _places: dict[int, list[float]] = field(init=False, default_factory=dict)
+    """Of each decode node, as dispatched: when each place of its batch will be free; a heap."""
+    _draining: dict[int, int] = field(init=False, default_factory=dict)
+    _dead: set[int] = field(init=False, default_factory=set)
+    _parked: deque[int] = field(init=False, default_factory=deque)
+    _next: int = field(init=False, default=0)
+    _live: int = field(init=False, default=0)
+    _reasons: dict[str, int] = field(init=False, default_factory=dict)
+    _reason_codes: dict[str, int] = field(init=False, default_factory=dict)
+    _busy_s: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        check_changes(self.cluster, self.changes)
+        self.snapshot = self.cluster.snapshot()
+        self._prepare_links()
+        self._prepare_requests()
+        for row in np.flatnonzero(self.snapshot.role == ROLE_DECODE).tolist():
+            self._add_decode(row)
+
+    def _prepare_links(self) -> None:
+        for (source, target), link in self.cluster.links.items():
+            names = self.snapshot.region_names
+            pair = names.index(source), names.index(target)
+            self._link_of[pair] = len(self._links)
+            self._pairs.append(pair)
+            self._links.append(SharedLink(link.goodput_bytes_per_s))
+        self._rtt_s = [link.rtt_s for link in self.cluster.links.values()]
+        self._pending_bytes = [0.0] * len(self._links)
+        self._link_due_s = [_INF] * len(self._links)
+        self._sent_before = [0.0] * len(self._links)
+
+    def _prepare_requests(self) -> None:
+        load, count = self.load, self.load.arrival_s.size
+
+        def blank(kind: str, value: float | int) -> array:  # type: ignore[type-arg]
+            return array(kind, [value]) * count
+
+        nan = float("nan")
+        self._arrival = array("d", load.arrival_s.astype(np.float64).tobytes())
+        self._prompt = array("q", load.prompt_tokens.astype(np.int64).tobytes())
+        self._output = array("q", load.output_tokens.astype(np.int64).tobytes())
+        self._home = None if load.home_region is None else array("i", load.home_region.astype(np.int32).tobytes())
+        self._stage = blank("b", _NEW)
+        self._attempt = blank("i", 0)
+        self._prefill_node, self._decode_node = blank("i", -1), blank("i", -1)
+        self._link_used = blank("i", -1)
+        self._retries = blank("i", 0)
+        self._cached = blank("q", 0)
+        self._begun, self._bare, self._kv_ready = blank("d", nan), blank("d", nan), blank("d", nan)
+        self._joined, self._first, self._second = blank("d", nan), blank("d", nan), blank("d", nan)
+        self._end, self._wire = blank("d", nan), blank("d", 0.0)
+        self._reason = blank("i", 0)
+        self._kv_held = blank("q", 0)
+
+    def _add_decode(self, row: int) -> None:
+        self._decode[row] = DecodeNode(self.snapshot.profiles[int(self.snapshot.profile[row])])
+        self._decode_due_s[row] = _INF
+        self._places[row] = []
+        self.snapshot.decode_free_at_s[row] = 0.0
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """All arrivals, until the last request has ended."""
+        for k, change in enumerate(sorted(self.changes, key=lambda c: c.at_s)):
+            self._push(change.at_s, _CHANGE, k, 0)
+        if self._links or self.on_tick is not None:
+            self._push(self.tick_s, _TICK, 0, 0)
+        count = self.load.arrival_s.size
+        if self.concurrency:
+            for _ in range(min(self.concurrency, count)):
+                self._admit_next(0.0)
+        heap, arrival = self._heap, self._arrival
+        closed = self.concurrency > 0
+        source = self.source
+        handlers = (
+            self._on_start,
+            self._on_prefilled,
+            self._on_link,
+            self._on_kv_ready,
+            self._on_decode,
+            self._on_tick,
+            self._on_change,
+            self._on_switched,
+            self._on_arrive,
+            self._on_learned,
+        )
+        while True:
+            if source is not None:
+                arrives_s = source.next_s()
+            else:
+                arrives_s = _INF if closed or self._next >= count else arrival[self._next]
+            if heap and heap[0][0] <= arrives_s:
+                now_s, _, kind, index, stamp = heapq.heappop(heap)
+                if now_s > self.stop_s:
+                    break
+                handlers[kind](now_s, index, stamp)
+            elif arrives_s == _INF or arrives_s > self.stop_s:
+                break
+            elif source is not None:
+                self._take_due(source, arrives_s)
+            else:
+                i = self._next
+                self._next = i + 1
+                self._live += 1
+                self._dispatch(i, arrives_s)
+        return self._outcome()
+
+    def _push(self, at_s: float, kind: int, index: int, stamp: int) -> None:
+        self._seq += 1
+        heapq.heappush(self._heap, (at_s, self._seq, kind, index, stamp))
+
+    def _take_due(self, source: Source, now_s: float) -> None:
+        for due in source.due(now_s):
+            self._arrival[due.index] = due.scheduled_s
+            self._next = max(self._next, due.index + 1)
+            self._live += 1
+            self._dispatch(due.index, now_s)
+
+    def _admit_next(self, now_s: float) -> None:
+        """Closed loop: the next request takes the place of one that has ended."""
+        if self._next < len(self._arrival):
+            i = self._next
+            self._next = i + 1
+            self._arrival[i] = now_s
+            self._live += 1
+            self._push(now_s, _ARRIVE, i, 0)
+
+    def _on_arrive(self, now_s: float, i: int, _: int) -> None:
+        self._dispatch(i, now_s)
+
+    # -- one request -------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, i: int, now_s: float) -> None:
+        snapshot = self.snapshot
+        snapshot.now_s = now_s
+        queued = snapshot.links.queued_bytes
+        for k, pair in enumerate(self._pairs):
+            queued[pair] = self._pending_bytes[k] + self._links[k].remaining_bytes(now_s)
+        prefixes = None if self.caches is None else self.caches.matches(i)
+        home = None if self._home is None or self._home[i] < 0 else self._home[i]
+        prompt, output = self._prompt[i], self._output[i]
+        request = RequestSnapshot(
+            str(i), prompt, output, prompt, None, home, prefixes, max(0.0, now_s - self._arrival[i])
+        )
+        answer = self.policy(request, snapshot)
+        self._reasons[answer.reason] = self._reasons.get(answer.reason, 0) + 1
+        self._reason[i] = self._reason_codes.setdefault(answer.reason, len(self._reason_codes))
+        if isinstance(answer, Refused):
+            if self.hold and answer.reason != "deadline":
+                self._stage[i] = _PARKED
+                self._parked.append(i)
+            else:
+                self._ended(i, REFUSED, now_s)
+            return
+        self._send(i, answer, now_s)
+
+    def _send(self, i: int, decision: Decision, now_s: float) -> None:
+        snapshot, prompt = self.snapshot, self._prompt[i]
+        decode = decision.decode_node
+        prefill = decode if decision.prefill_node is None else decision.prefill_node
+        profile = snapshot.profiles[snapshot.profile.item(prefill)]
+        need = int(snapshot.profiles[snapshot.profile.item(decode)].kv_bytes.at(prompt + self._output[i]))
+        snapshot.inflight_requests[decode] += 1
+        snapshot.inflight_tokens[decode] += prompt
+        snapshot.free_kv_bytes[decode] -= need
+        uncached = prompt - decision.prefill_start
+        prefill_s = profile.prefill_s.at(uncached)
+        start_s = max(snapshot.prefill_free_at_s.item(prefill), now_s + self._fetch_s(decision))
+        done_s = start_s + prefill_s
+        snapshot.prefill_free_at_s[prefill] = done_s
+        self._take_place(decode, answer_s=now_s + max(0.0, decision.predicted_ttft_s), output=self._output[i])
+        if prefill != decode:
+            snapshot.inflight_requests[prefill] += 1
+            snapshot.inflight_tokens[prefill] += uncached
+        self._kv_held[i] = need
+        self._prefill_node[i], self._decode_node[i] = prefill, decode
+        self._begun[i], self._bare[i], self._cached[i] = start_s, prefill_s, decision.prefill_start
+        self._stage[i] = _PREFILL
+        self._busy_s += prefill_s
+        attempt = self._attempt[i]
+        pair = snapshot.region.item(prefill), snapshot.region.item(decode)
+        if pair[0] == pair[1]:
+            self._link_used[i] = -1
+            self._wire[i] = 0.0
+        else:
+            k = self._link_of[pair]
+            wire = profile.kv_bytes.at(prompt - decision.token_start) * self.wire_ratio
+            self._link_used[i], self._wire[i] = k, wire
+            self._pending_bytes[k] += wire
+            self._push(start_s, _START, i, attempt)
+        self._push(done_s, _PREFILLED, i, attempt)
+
+    def _take_place(self, row: int, answer_s: float, output: int) -> None:
+        """Book a place in the batch of a decode node, from the predicted first token to the last one."""
+        node, places = self._decode[row], self._places[row]
+        batch = node.profile.max_batch
+        step_s = node.step_s or node.profile.step_s(1, 0)
+        if len(places) >= batch:
+            heapq.heapreplace(places, max(answer_s, places[0]) + output * step_s)
+        else:
+            heapq.heappush(places, answer_s + output * step_s)
+        self.snapshot.decode_free_at_s[row] = places[0] if len(places) >= batch else 0.0
+
+    def _fetch_s(self, decision: Decision) -> float:
+        """Seconds that a prefix takes over the WAN. A fetch is short beside a transfer and isn't made a flow."""
+        if decision.fetch_region is None:
+            return 0.0
+        snapshot = self.snapshot
+        target = int(snapshot.region[decision.decode_node if decision.prefill_node is None else decision.prefill_node])
+        pair = decision.fetch_region, target
+        profile = snapshot.profiles[0]
+        moved = profile.kv_bytes.at(decision.prefill_start) * self.wire_ratio
+        queued = float(snapshot.links.queued_bytes[pair])
+        return (queued + moved) / float(snapshot.links.bandwidth_bytes_per_s[pair]) + float(snapshot.links.rtt_s[pair])
+
+    def _on_start(self, now_s: float, i: int, attempt: int) -> None:
+        if attempt != self._attempt[i]:
+            return
+        k = self._link_used[i]
+        self._pending_bytes[k] -= self._wire[i]
+        self._links[k].start(i, self._wire[i], self._bare[i], now_s)
+        self._schedule_link(k)
+
+    def _on_prefilled(self, now_s: float, i: int, attempt: int) -> None:
+        if attempt != self._attempt[i]:
+            return
+        node = self._prefill_node[i]
+        self._prefill_left(i, node, now_s)
+        if self.caches is not None:
+            self.caches.prefilled(i, self.snapshot.region.item(node), node)
+        k = self._link_used[i]
+        if k < 0:
+            self._on_kv_ready(now_s, i, attempt)
+            return
+        self._stage[i] = _TRANSFER
+        link = self._links[k]
+        if link.produced(i, now_s):
+            tail_s = self._wire[i] / self.layers / max(link.free_bytes_per_s(), 1.0)
+            self._push(now_s + tail_s + self._half_rtt_s(k), _KV_READY, i, attempt)
+        self._schedule_link(k)
+
+    def _half_rtt_s(self, k: int) -> float:
+        return self._rtt_s[k] / 2
+
+    def _prefill_left(self, i: int, node: int, now_s: float) -> None:
+        if node != self._decode_node[i]:
+            self.snapshot.inflight_requests[node] -= 1
+            self.snapshot.inflight_tokens[node] -= self._prompt[i] - self._cached[i]
+            if self._draining:
+                self._check_drained(node, now_s)
+
+    def _on_kv_ready(self, now_s: float, i: int, attempt: int) -> None:
+        if attempt != self._attempt[i]:
+            return
+        self._kv_ready[i] = now_s
+        if self.caches is not None and self._link_used[i] >= 0:
+            decode = self._decode_node[i]
+            self.caches.prefilled(i, self.snapshot.region.item(decode), decode)
+        node = self._decode_node[i]
+        if self._decode[node].offer(i, self._output[i], self._prompt[i], now_s):
+            self._joins(i, node, now_s)
+            self._schedule_decode(node)
+        else:
+            self._stage[i] = _WAITING
+
+    def _joins(self, i: int, node: int, now_s: float) -> None:
+        step_s = self._decode[node].step_s
+        self._stage[i] = _DECODING
+        self._joined[i] = now_s
+        if self._first[i] != self._first[i]:
+            self._first[i] = now_s + step_s
+            self._second[i] = now_s + 2 * step_s
+
+    def _on_decode(self, now_s: float, row: int, _: int) -> None:
+        if now_s != self._decode_due_s.get(row):
+            return
+        self._decode_due_s[row] = _INF
+        ended, joined = self._decode[row].done(now_s)
+        for i in joined:
+            self._joins(i, row, now_s)
+        for i in ended:
+            self._decode_left(i, row)
+            if self.caches is not None:
+                self.caches.decoded(i, self.snapshot.region.item(row))
+            self._ended(i, DONE, now_s)
+        self._schedule_decode(row)
+        if self._draining:
+            self._check_drained(row, now_s)
+
+    def _decode_left(self, i: int, row: int) -> None:
+        snapshot = self.snapshot
+        snapshot.inflight_requests[row] -= 1
+        snapshot.inflight_tokens[row] -= self._prompt[i]
+        snapshot.free_kv_bytes[row] += self._kv_held[i]
+        self._kv_held[i] = 0
+
+    def _ended(self, i: int, stage: int, now_s: float) -> None:
+        self._stage[i] = stage
+        self._end[i] = now_s
+        self._live -= 1
+        if self.source is not None:
+            self.source.ended(i, now_s, go_on=stage == DONE)
+        elif self.concurrency:
+            self._admit_next(now_s)
+        if self._parked and stage == DONE:
+            self._unpark(now_s)
+
+    def _unpark(self, now_s: float) -> None:
+        for _ in range(len(self._parked)):
+            i = self._parked.popleft()
+            self._dispatch(i, now_s)
+            if self._stage[i] == _PARKED:
+                self._parked.rotate(1)
+                return
+
+    def _schedule_decode(self, row: int) -> None:
+        due_s = self._decode[row].next_done_s()
+        if due_s < self._decode_due_s[row]:
+            self._decode_due_s[row] = due_s
+            self._push(due_s, _DECODE, row, 0)
+
+    # -- links -------------------------------------------------------------------------------------------------------
+
+    def _schedule_link(self, k: int) -> None:
+        due_s = self._links[k].next_through_s()
+        if due_s < self._link_due_s[k]:
+            self._link_due_s[k] = due_s
+            self._push(due_s, _LINK, k, 0)
+
+    def _on_link(self, now_s: float, k: int, _: int) -> None:
+        if now_s != self._link_due_s[k]:
+            return
+        self._link_due_s[k] = _INF
+        for i in self._links[k].through(now_s):
+            if self._stage[i] == _TRANSFER:
+                self._push(now_s + self._half_rtt_s(k), _KV_READY, i, self._attempt[i])
+        self._schedule_link(k)
+
+    def _on_tick(self, now_s: float, _: int, __: int) -> None:
+        links = self.snapshot.links
+        for k, pair in enumerate(self._pairs):
+            link = self._links[k]
+            link.advance(now_s)
+            could = link.rate_bytes_per_s * self.tick_s
+            links.utilisation[pair] = min(1.0, (link.sent_bytes - self._sent_before[k]) / could) if could else 1.0
+            links.queued_bytes[pair] = self._pending_bytes[k] + link.remaining_bytes(now_s)
+            self._sent_before[k] = link.sent_bytes
+        self.snapshot.now_s = now_s
+        if self.on_tick is not None:
+            self.on_tick(now_s, self.snapshot)
+        if self._live or self._more_come():
+            self._push(now_s + self.tick_s, _TICK, 0, 0)
+
+    def _more_come(self) -> bool:
+        if self.source is not None:
+            return self.source.next_s() < _INF
+        return not self.concurrency and self._next < len(self._arrival)
+
+    # -- what happens to the cluster ---------------------------------------------------------------------------------
+
+    def _on_change(self, now_s: float, index: int, _: int) -> None:
+        change = sorted(self.changes, key=lambda c: c.at_s)[index]
+        if isinstance(change, LinkChange):
+            self._change_link(change, now_s)
+        elif isinstance(change, NodesLost):
+            self._lose_nodes(change, now_s)
+        elif isinstance(change, NodesBack):
+            self._nodes_back(change, now_s)
+        else:
+            self._begin_role_change(change, now_s)
+
+    def _change_link(self, change: LinkChange, now_s: float) -> None:
+        names = self.snapshot.region_names
+        pair = names.index(change.source), names.index(change.target)
+        if pair not in self._link_of:
+            raise ConfigError([f"there is no link {change.source} → {change.target} to change"])
+        k = self._link_of[pair]
+        rate = change.link.goodput_bytes_per_s
+        self._links[k].set_rate(rate, now_s)
+        self._rtt_s[k] = change.link.rtt_s
+        self._schedule_link(k)
+        self._push(now_s + self.cluster.link_estimate_s, _LEARNED, k, 0)
+
+    def _on_learned(self, _: float, k: int, __: int) -> None:
+        """The estimate that policies see has followed the link."""
+        links, pair = self.snapshot.links, self._pairs[k]
+        links.bandwidth_bytes_per_s[pair] = self._links[k].rate_bytes_per_s
+        links.rtt_s[pair] = self._rtt_s[k]
+
+    def _lose_nodes(self, change: NodesLost, now_s: float) -> None:
+        snapshot = self.snapshot
+        region = snapshot.region_names.index(change.region)
+        lost: set[int] = set()
+        for role in (ROLE_PREFILL, ROLE_DECODE):
+            if change.role is not None and ROLES[change.role] != role:
+                continue
+            rows = np.flatnonzero((snapshot.role == role) & (snapshot.region == region))
+            alive = [row for row in rows.tolist() if row not in self._dead]
+            lost.update(alive[len(alive) - round(len(alive) * change.share) :])
+        if not lost:
+            return
+        self._dead |= lost
+        for row in lost:
+            snapshot.usable[row] = False
+            self._draining.pop(row, None)
+        self._reroute(lost, now_s)
+        for row in lost:
+            snapshot.prefill_free_at_s[row] = now_s
+
+    def _reroute(self, lost: set[int], now_s: float) -> None:
+        """Requests on dead nodes begin anew elsewhere; those that had output already keep it."""
+        again = []
+        for i in range(self._next):
+            stage = self._stage[i]
+            if stage not in (_PREFILL, _TRANSFER, _WAITING, _DECODING):
+                continue
+            prefill, decode = self._prefill_node[i], self._decode_node[i]
+            if decode in lost or (stage == _PREFILL and prefill in lost) or (stage == _TRANSFER and prefill in lost):
+                again.append(i)
+        left: dict[int, float] = {}
+        for row in lost:
+            if row in self._decode:
+                left.update(self._decode[row].lose(now_s))
+                self._decode_due_s[row] = _INF
+                self._places[row] = []
+                self.snapshot.decode_free_at_s[row] = 0.0
+        for i in again:
+            self._withdraw(i, lost, now_s)
+            if i in left and left[i] >= 0:
+                made = self._output[i] - max(1, round(left[i]))
+                self._prompt[i] += made
+                self._output[i] -= made
+            if self._first[i] > now_s:
+                self._first[i] = self._second[i] = float("nan")
+        for i in again:
+            self._dispatch(i, now_s)
+        for k in range(len(self._links)):
+            self._schedule_link(k)
+
+    def _withdraw(self, i: int, lost: set[int], now_s: float) -> None:
+        """Take a request from where it is. A prefill queue that it leaves early keeps its predicted end: the node idles
+        for the time that was set aside, as if the cancel had come too late."""
+        self._attempt[i] += 1
+        self._retries[i] += 1
+        stage, k = self._stage[i], self._link_used[i]
+        if k >= 0 and stage in (_PREFILL, _TRANSFER):
+            if stage == _PREFILL and self._begun[i] > now_s:
+                self._pending_bytes[k] -= self._wire[i]
+            else:
+                self._links[k].cancel(i, now_s)
+        if stage == _PREFILL:
+            self._prefill_left(i, self._prefill_node[i], now_s)
+        self._decode_left(i, self._decode_node[i])
+        if self._draining:
+            self._check_drained(self._decode_node[i], now_s)
+        self._stage[i] = _NEW
+
+    def _nodes_back(self, change: NodesBack, now_s: float) -> None:
+        snapshot = self.snapshot
+        region = snapshot.region_names.index(change.region)
+        for row in sorted(self._dead):
+            if snapshot.region[row] == region:
+                self._dead.discard(row)
+                snapshot.usable[row] = True
+                snapshot.prefill_free_at_s[row] = now_s
+        self._unpark(now_s)
+
+    def _begin_role_change(self, change: RoleChange, now_s: float) -> None:
+        snapshot = self.snapshot
+        region, to_role = snapshot.region_names.index(change.region), ROLES[change.to_role]
+        rows = np.flatnonzero((snapshot.role != to_role) & (snapshot.region == region) & snapshot.usable)
+        order = np.argsort(snapshot.inflight_requests[rows], kind="stable")
+        for row in rows[order][: change.nodes].tolist():
+            snapshot.usable[row] = False
+            self._draining[row] = to_role
+            self._check_drained(row, now_s)
+
+    def _check_drained(self, row: int, now_s: float) -> None:
+        if row in self._draining and self.snapshot.inflight_requests[row] == 0:
+            self._push(now_s + self.cluster.role_switch_s, _SWITCHED, row, self._draining.pop(row))
+
+    def _on_switched(self, now_s: float, row: int, to_role: int) -> None:
+        snapshot = self.snapshot
+        if row in self._dead:
+            return
+        snapshot.role[row] = to_role
+        snapshot.usable[row] = True
+        snapshot.prefill_free_at_s[row] = now_s
+        snapshot.layout_version += 1
+        if to_role == ROLE_DECODE:
+            self._add_decode(row)
+        else:
+            self._decode.pop(row)
+            self._decode_due_s.pop(row)
+            self._places.pop(row)
+        self._unpark(now_s)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _outcome(self) -> Outcome:
+        for i in self._parked:
+            self._stage[i] = REFUSED
+        # Of a source, requests that never came (the rest of a conversation that was given up) lie between the others.
+        seen = np.frombuffer(self._stage, np.int8) != _NEW
+
+        def column(values: array, kind: type) -> NDArray:  # type: ignore[type-arg]
+            made: NDArray = np.frombuffer(values, kind)[seen]  # type: ignore[type-arg]
+            return made
+
+        offloaded = np.frombuffer(self._link_used, np.int32)[seen] >= 0
+        prefill = column(self._prefill_node, np.int32)
+        names = self.snapshot.region_names
+        for k in range(len(self._links)):
+            self._links[k].advance(min(self.stop_s, self._links[k]._now_s))
+        return Outcome(
+            arrival_s=column(self._arrival, np.float64),
+            index=np.flatnonzero(seen),
+            prompt_tokens=self.load.prompt_tokens[seen],
+            output_tokens=self.load.output_tokens[seen],
+            status=column(self._stage, np.int8),
+            prefill_node=prefill,
+            decode_node=column(self._decode_node, np.int32),
+            offloaded=offloaded.astype(np.int8),
+            retries=column(self._retries, np.int32),
+            cached_tokens=column(self._cached, np.int64),
+            prefill_start_s=column(self._begun, np.float64),
+            prefill_s=column(self._bare, np.float64),
+            kv_ready_s=column(self._kv_ready, np.float64),
+            joined_s=column(self._joined, np.float64),
+            first_token_s=column(self._first, np.float64),
+            second_token_s=column(self._second, np.float64),
+            end_s=column(self._end, np.float64),
+            wire_bytes=column(self._wire, np.float64),
+            reason=column(self._reason, np.int32),
+            reasons=dict(self._reasons),
+            wire_ratio=self.wire_ratio,
+            link_bytes={
+                (names[a], names[b]): link.sent_bytes for (a, b), link in zip(self._pairs, self._links, strict=True)
+            },
+            busy_prefill_s=self._busy_s,
+        )

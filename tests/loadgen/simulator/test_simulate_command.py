@@ -1,0 +1,125 @@
+"""`prfaas-loadgen simulate`: what it prints, and how mistakes end."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+from prfaas.loadgen.__main__ import main
+
+
+def test_the_papers_case(capsys):
+    """Saturated throughput against the others, latencies at two loads; PrfaaS well ahead, on one small seed too."""
+    assert main(["simulate", "--case", "paper", "--seeds", "2", "--requests", "1500", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    for system in ("prfaas", "homogeneous", "naive"):
+        assert made[system]["lambda_max"]["ci95_low"] <= made[system]["lambda_max"]["mean"]
+        for load in ("at_own_0.8", "at_homogeneous_0.9"):
+            figures = made[system][load]
+            for key in ("ttft_mean_s", "ttft_p90_s", "ttft_p99_s", "second_token_mean_s", "tpot_mean_s", "share_good"):
+                assert figures[key]["mean"] >= 0
+    assert made["ratio_homogeneous"]["mean"] >= 1.5
+    assert made["ratio_naive"]["mean"] >= 1.28
+    assert made["ttft_reduction"]["mean"] >= 0.45
+
+
+def test_text(capsys):
+    """A table for people."""
+    assert main(["simulate", "--case", "paper", "--seeds", "1", "--requests", "300"]) == 0
+    assert "saturated, requests/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "static", "homogeneous", "offload-all", "round-robin"])
+def test_a_workload_on_a_deployment(capsys, policy):
+    """Every policy serves the same requests."""
+    flags = ["--num-prompts", "200", "--isl", "paper", "--osl", "64", "--request-rate", "1", "--policy", policy]
+    assert main(["simulate", *flags, "--admit-all", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["requests"] == 200
+    assert made["policy"] == policy
+    assert made["share_refused"] == 0
+    assert (made["share_offloaded"] > 0) == (policy != "homogeneous")
+
+
+def test_a_trace_with_caches(capsys, tmp_path):
+    """Prefixes of a trace are found in the regions' pools."""
+    lines = []
+    for turn in range(1, 20):
+        ids = [*range(turn), 1000 + turn]
+        row = {"timestamp": turn * 5000, "input_length": 512 * turn + 9, "output_length": 5, "hash_ids": ids}
+        lines.append(json.dumps(row))
+    file = tmp_path / "trace.jsonl.gz"
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    flags = ["--dataset-name", "mooncake_trace", "--dataset-path", str(file), "--json"]
+    cached = {}
+    for gib in ("0", "100"):
+        assert main(["simulate", *flags, "--cache-gib", gib]) == 0
+        cached[gib] = json.loads(capsys.readouterr().out)["prefill_mean_s"]
+    assert cached["100"] < cached["0"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--case", "paper", "--seeds", "0"], "--seeds 0 must be a whole number from 1"),
+        (["--case", "paper", "--results", "x.md"], "--results does --case paper as well"),
+        (["--traces", "x"], "--traces is for --results"),
+        (["--seeds", "3"], "--seeds and --requests belong to --case paper"),
+        (["--results", "x.md", "--traces", "nowhere"], "--traces nowhere: no such folder"),
+        (["--link-gbps", "-1"], "--link-gbps -1 must be a number from 0 on"),
+        (["--link-loss", "1"], "--link-loss 1 must be below 1"),
+        (["--home-nodes", "0"], "--home-nodes 0 must be a whole number from 1"),
+        (["--home-nodes", "3", "--home-prefill-nodes", "3"], "a node that decodes"),
+        (["--isl", "-5"], "-5"),
+        (["--prefill-profile", "nothing"], "no shipped profile 'nothing'"),
+        (["--case", "nothing"], "invalid choice"),
+    ],
+)
+def test_mistakes(capsys, flags, words):
+    """Exit status 2 and one clear line that names the flag."""
+    try:
+        status = main(["simulate", *flags])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n{"timestamp": ', "line 2"),
+        ('{"timestamp": 0, "input_length": -5, "output_length": 1, "hash_ids": []}', "line 1: the input length is -5"),
+        ('{"timestamp": 0, "input": 5, "output_length": 1, "hash_ids": []}', "line 1"),
+    ],
+)
+def test_broken_traces(capsys, tmp_path, broken, words):
+    """Say which line, for a workload and for the page of results."""
+    (tmp_path / "conversation_trace.jsonl").write_text(broken)
+    trace = str(tmp_path / "conversation_trace.jsonl")
+    assert main(["simulate", "--dataset-name", "mooncake_trace", "--dataset-path", trace]) == 2
+    assert words in capsys.readouterr().err
+    assert main(["simulate", "--results", str(tmp_path / "r.md"), "--traces", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_profile_that_is_not_monotone(capsys, tmp_path):
+    """Exit status 2; the file, the curve and the place."""
+    curve = {"lengths": [1, 2], "values": [2.0, 1.0], "provenance": "measured"}
+    profile = {"format": 1, "name": "n", "model": "m", "hardware": "h", "gpus": 1, "prefill_s": curve}
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(profile | {"kv_bytes": curve}))
+    assert main(["simulate", "--prefill-profile", str(file)]) == 2
+    assert "prefill_s: values must not fall" in capsys.readouterr().err
+
+
+def test_as_a_process():
+    """The installed module, with --help on one screen."""
+    made = subprocess.run(
+        [sys.executable, "-m", "prfaas.loadgen", "simulate", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--case" in made.stdout
+    assert "examples:" in made.stdout
