@@ -10,7 +10,6 @@ at least 0.85 of the bare pair and 1.2 GB/s. `--plain` adds our lanes without TL
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import secrets
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -100,52 +100,19 @@ async def our_sender(options: dict[str, Any]) -> None:
     await kv.aclose()
 
 
-class BareSender(peers.BareSender):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's own limits: at 0, as without TLS, its TLS transport pauses and doesn't resume.
-        self._transport = transport  # type: ignore[assignment]
-        peers.tune(transport)
-
-
-async def bare_receiver(options: dict[str, Any]) -> None:
-    done: asyncio.Queue[None] = asyncio.Queue()
-    server = await asyncio.get_running_loop().create_server(
-        lambda: peers.BareReceiver(options, done), "127.0.0.1", 0, ssl=tls_of(options, "receiver").server()
-    )
-    peers.say(port=server.sockets[0].getsockname()[1])
-    await peers.hear()
-    before = peers.cpu_s()
-    peers.say(ready=True)
-    for _ in range(options["lanes"]):
-        await done.get()
-    peers.say(cpu_s=peers.cpu_s() - before)
-    server.close()
-
-
-async def bare_sender(options: dict[str, Any]) -> None:
-    loop = asyncio.get_running_loop()
-    rows = peers.Rows(fill=True)
-    peer = await peers.hear()
-    context = tls_of(options, "sender").client()
-    lanes = []
-    for _ in range(options["lanes"]):
-        _, protocol = await loop.create_connection(lambda: BareSender(options), "127.0.0.1", peer["port"], ssl=context)
-        lanes.append(protocol)
-    peers.say(opened=True)
-    await peers.hear()
-    total = len(peers.layout_for(options["bytes"]).layers) * 2 * peers.HEADS * peers.ROW_BYTES
-    before, started_s = peers.cpu_s(), time.perf_counter()
-    await asyncio.gather(*(lane.send(rows, total // len(lanes), options["chunk_bytes"]) for lane in lanes))
-    seconds = time.perf_counter() - started_s
-    sent = total // len(lanes) // peers.ROW_BYTES * peers.ROW_BYTES * len(lanes)
-    peers.say(seconds=seconds, cpu_s=peers.cpu_s() - before, raw_bytes=sent)
-
-
 def child_main(options: dict[str, Any]) -> None:
     log.configure("warning", "console")
     tls_lane.WRITE_BYTES = options["write_bytes"]
-    jobs = {"receiver": (our_receiver, bare_receiver), "sender": (our_sender, bare_sender)}
-    uvloop.run(jobs[options["role"]][options["mode"] == "bare"](options))
+    uvloop.run(job(options))
+
+
+def job(options: dict[str, Any]) -> Coroutine[Any, Any, None]:
+    if options["mode"] != "bare":
+        return our_receiver(options) if options["role"] == "receiver" else our_sender(options)
+    tls = tls_of(options, options["role"])
+    if options["role"] == "receiver":
+        return peers.bare_receiver(options, tls.server())
+    return peers.bare_sender(options, tls.client())
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
