@@ -9,7 +9,6 @@ at least 0.85 of the bare pair and 1.2 GB/s. `--plain` adds our lanes without TL
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import secrets
@@ -28,6 +27,7 @@ from prfaas.common.config import MIB, TransportConfig
 from prfaas.common.kv_layout import TokenRange
 from prfaas.services.commands import bench_peers as peers
 from prfaas.services.commands.bench_link import hear, say
+from prfaas.services.commands.flags import new_parser, whole
 from prfaas.transport.api import KvAddress, KvPiece, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
 from prfaas.transport.lanes import tls_lane
@@ -170,14 +170,19 @@ def main() -> int:
     if len(sys.argv) == 3 and sys.argv[1] == "--child":
         child_main(json.loads(sys.argv[2]))
         return 0
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--bytes-mib", type=int, default=1024)
-    made.add_argument("--lanes", type=int, default=4)
-    made.add_argument("--chunk-kib", type=int, default=1024)
-    made.add_argument("--write-kib", type=int, default=tls_lane.WRITE_BYTES >> 10, help="encrypted at once, ours")
-    made.add_argument("--repetitions", type=int, default=5)
+    made = new_parser("python -m tests.benchmarks.transport_tls", __doc__ or "")
+    made.add_argument("--bytes-mib", type=whole(64, 1 << 20), default=1024, help="of each repetition (1024)")
+    made.add_argument("--lanes", type=whole(1, 64), default=4, help="connections (4)")
+    made.add_argument("--chunk-kib", type=whole(4, 4096), default=1024, help="largest chunk, KiB (1024)")
+    made.add_argument(
+        "--write-kib",
+        type=whole(1, 16384),
+        default=tls_lane.WRITE_BYTES >> 10,
+        help="encrypted at once, ours (%(default)s)",
+    )
+    made.add_argument("--repetitions", type=whole(1, 1000), default=5, help="in turns; medians count (5)")
     made.add_argument("--plain", action="store_true", help="our lanes without TLS as well")
-    made.add_argument("--json", action="store_true")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     given = made.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         make_certificates(Path(directory), "sender:prefill", "receiver:decode")

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers.kinds import Kind, PeerError
-from peers.running import Process, connected, listening_on
+from tests.benchmarks.peers.kinds import Kind, PeerError
+from tests.benchmarks.peers.running import Process, connected, listening_on
 
 MIB = 1 << 20
 CHUNK_BYTES = MIB

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from peers.kinds import OURS
+from tests.benchmarks.peers.kinds import OURS
 
 KIB = 1024
 Key = tuple[str, int, int]

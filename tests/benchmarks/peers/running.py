@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from peers.kinds import HERE, Kind, PeerError
+from tests.benchmarks.peers.kinds import HERE, Kind, PeerError
 
 ANSWER_S = 60.0
 CLONE_NEWNET = 0x40000000
