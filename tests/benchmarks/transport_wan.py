@@ -308,7 +308,7 @@ def main() -> int:
     flags = new_parser("python -m tests.benchmarks.transport_wan", __doc__ or "")
     flags.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="(all)")
     flags.add_argument(
-        "--mib", type=whole(8, 1 << 16), default=512, help="of the one big transfer; the others follow it (512)"
+        "--mib", type=whole(32, 1 << 16), default=512, help="of the one big transfer; the others follow it (512)"
     )
     flags.add_argument(
         "--repetitions", type=whole(1, 1000), default=3, help="of the warm transfers; the median counts (3)"
