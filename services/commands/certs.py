@@ -33,6 +33,7 @@ NODE_DAYS = 365
 SKEW = datetime.timedelta(minutes=10)
 """Certificates begin a little earlier than they are made: clocks differ."""
 MAX_HOST_CHARS = 253
+"""Of a DNS name."""
 
 Key = ec.EllipticCurvePrivateKey
 

@@ -8,16 +8,7 @@ import json
 import os
 from pathlib import Path
 
-FAST = [
-    "--engine",
-    "emulated",
-    "--engine-decode-step-s",
-    "0.005",
-    "--engine-prefill-tokens-per-s",
-    "20000",
-    "--engine-arena-bytes",
-    "256M",
-]
+FAST = ["--engine", "emulated", "--engine-decode-step-s", "0.005", "--engine-prefill-tokens-per-s", "20000"]
 ROUTER = ["--model", "bytes"]
 PROMPT = list(range(32, 127)) * 20
 
