@@ -214,10 +214,6 @@ class KvLayout:
     def fixed_bytes(self) -> int:
         return sum(t.fixed_bytes for layer in self.layers for t in layer.tensors)
 
-    @property
-    def has_state(self) -> bool:
-        return self.fixed_bytes > 0
-
     @cached_property
     def layout_hash(self) -> str:
         """32 hex digits over the kinds, heads, dims and windows of every layer; not dtype, block size or sharding."""

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 called or configured wrongly, 130 interrupted."""
     _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments else ""
+    name = _name(arguments)
     try:
         return _flushed(_run, arguments)
     except ConfigError as error:
@@ -165,6 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(name, [str(error)], EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _name(arguments: Sequence[str]) -> str:
+    """Of the command, as it was called: `router`, `bench codec`."""
+    words = arguments[: 2 if arguments[:1] in (["bench"], ["certs"]) else 1]
+    return " ".join(word for word in words if word[:1] != "-") or " ".join(words)
 
 
 def _flushed(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

@@ -31,9 +31,12 @@ from prfaas.transport.codecs.api import ChunkForm, form_of
 MAGIC = b"PRFAASKV"
 VERSION = 1
 MAX_HEADER_BYTES = 16 << 20
+"""Two million token ids of seven digits."""
 MAX_KV_BYTES = 1 << 36
+"""The file is read into memory as a whole."""
 _PREFIX = struct.Struct("<8sII")
 _ALIGN_BYTES = 64
+"""A cache line: where the KV begins in the file."""
 _MAX_ID = (1 << 31) - 1
 
 

@@ -97,7 +97,6 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     answered_s: float
     peers: list[Peer]
     """Nodes of the other role: sessions to them are opened before they are needed."""
-    lease_s: float = 10.0
 
 
 class SamplingMessage(msgspec.Struct, frozen=True, omit_defaults=True):

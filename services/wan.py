@@ -46,6 +46,7 @@ import uvloop
 from prfaas.common.config import parse_address
 
 TURN_S = 0.001
+"""A connection that has its turn on the line sends what the line takes in so long, between these bounds."""
 MIN_TURN_BYTES = 4096
 MAX_TURN_BYTES = 1 << 18
 # Timers tick in whole milliseconds: what is due within half of one is due now.

@@ -65,6 +65,7 @@ SLICE_BYTES = 256 * 1024
 DEAD_PEER_S = 10.0
 """TCP_USER_TIMEOUT of every connection: unacknowledged data for so long means that the peer is gone."""
 CONNECT_TIMEOUT_S = 3.0
+"""A lost SYN is sent again after one second; whoever takes longer than two of them is as good as gone."""
 CLIENT_LEFT = 499
 """The status of a request whose client left, as nginx counts it."""
 SHUTDOWN_S = 2.0
@@ -157,6 +158,7 @@ async def listening(
 
 
 BACKLOG = 1024
+"""Connections that the kernel keeps until they are accepted: a burst of clients is no refusal."""
 CONNECTION: Mapping[str, Any] = {
     "access_log": None,
     # A message holds the prompt's ids or text: read it in large pieces.
@@ -451,10 +453,6 @@ def _where_not_utf8(body: bytes) -> str:
 
 def _decode_json(body: bytes, kind: type[T]) -> T:
     return msgspec.json.decode(body, type=kind)
-
-
-async def encode_json(message: Any, *, large: bool, executor: Executor | None = None) -> bytes:
-    return await in_thread_if(large, executor, to_json, message)
 
 
 # -- signed calls between services ------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prfaas.common.errors import UsageError
-from prfaas.services.commands.capture_kv import add_prompt_flags, capture_text, load_model, whole
-from prfaas.services.commands.flags import Parser, new_parser
+from prfaas.services.commands.capture_kv import add_prompt_flags, capture_text, load_model
+from prfaas.services.commands.flags import Parser, new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.commands.prompt_source import read_text
 

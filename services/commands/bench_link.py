@@ -9,12 +9,13 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from prfaas.common.config import MIB
 from prfaas.common.errors import UsageError
 from prfaas.services.commands.bench_load import MODEL_VARIABLE
+from prfaas.services.commands.flags import Parser, new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.model_store import ensure_model
 
@@ -42,33 +43,22 @@ def main(argv: Sequence[str]) -> int:
     return 0 if all(passed(report)) else 1
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="prfaas bench link",
-        description="Move KV between two processes over loopback, next to a bare BufferedProtocol pair.",
-        epilog="example: prfaas bench link --json --lanes 1 --bytes-mib 1024",
+def parser() -> Parser:
+    made = new_parser(
+        "prfaas bench link",
+        "Move KV between two processes over loopback, next to a bare BufferedProtocol pair.",
+        "prfaas bench link --json --lanes 1 --bytes-mib 1024",
     )
-    made.add_argument("--bytes-mib", type=_whole(64, 1 << 20), default=1024, help="KV of each repetition, MiB (1024)")
-    made.add_argument("--lanes", type=_whole(1, 64), default=1, help="connections (1)")
-    made.add_argument("--chunk-kib", type=_whole(4, 4096), default=1024, help="chunk size, KiB (1024)")
+    made.add_argument("--bytes-mib", type=whole(64, 1 << 20), default=1024, help="KV of each repetition, MiB (1024)")
+    made.add_argument("--lanes", type=whole(1, 64), default=1, help="connections (1)")
+    made.add_argument("--chunk-kib", type=whole(4, 4096), default=1024, help="chunk size, KiB (1024)")
     made.add_argument("--codec", choices=("auto", "raw", "lz4", "zstd"), default="raw", help="codec of our side (raw)")
-    made.add_argument(
-        "--repetitions", type=_whole(1, 1000), default=5, help="in turn with the peers; medians count (5)"
-    )
+    made.add_argument("--repetitions", type=whole(1, 1000), default=5, help="in turn with the peers; medians count (5)")
     made.add_argument("--engine-busy", action="store_true", help="also with a real prefill in the same process")
     made.add_argument("--model", default="smollm2", help="of --engine-busy: smollm2, a directory or Hugging Face id")
     made.add_argument("--busy-load", default=LOAD, help=argparse.SUPPRESS)
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def check(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least} to {most}")
-        return int(text)
-
-    return check
 
 
 def measure(common: dict[str, Any], repetitions: int) -> dict[str, Any]:

@@ -14,17 +14,18 @@ import os
 import resource
 import secrets
 import socket
-import struct
+import ssl
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, cast
 
 import uvloop
-import xxhash
 from prfaas.common import log
 from prfaas.common.config import TransportConfig
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
+from prfaas.services.commands.bare_pair import Receiving, Sending
 from prfaas.transport.api import KvAddress, KvPiece, TransferSpec
 from prfaas.transport.arena import Arena
 from prfaas.transport.endpoint import KvEndpoint
@@ -38,7 +39,6 @@ ROW_TOKENS = 16384
 ROW_BYTES = ROW_TOKENS * HEAD_DIM * 2
 FINGERPRINT = "0" * 32
 SECRET = b"bench"
-_HEADER = struct.Struct("<QQ")
 
 
 def layout_for(total_bytes: int) -> KvLayout:
@@ -144,92 +144,43 @@ async def prfaas_sender(options: dict[str, Any]) -> None:
 # -- the peers --------------------------------------------------------------------------------------------------------
 
 
-def tune(transport: asyncio.BaseTransport) -> None:
-    sock = transport.get_extra_info("socket")
+def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
 
 
-class BareReceiver(asyncio.BufferedProtocol):
-    def __init__(self, options: dict[str, Any], done: asyncio.Queue[None]) -> None:
-        self._hash = options["mode"] == "hash"
-        self._chunk_bytes = options["chunk_bytes"]
-        self._done = done
+class Places:
+    """For chunks, as they come: one after the other in rows taken in turn."""
+
+    def __init__(self) -> None:
         self._rows = Rows(fill=False)
         self._row = self._rows.take()
-        self._header = memoryview(bytearray(_HEADER.size))
-        self._target = self._header
-        self._filled = 0
-        self._in_header = True
         self._offset = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        tune(transport)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._target[self._filled :] if self._filled else self._target
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._filled += nbytes
-        if self._filled < len(self._target):
-            return
-        self._filled = 0
-        if self._in_header:
-            size, last = _HEADER.unpack(self._header)
-            if last:
-                self._transport.write(b"!")
-                self._done.put_nowait(None)
-                return
-            if self._offset + size > len(self._row):
-                self._row, self._offset = self._rows.take(), 0
-            self._target = self._row[self._offset : self._offset + size]
-            self._offset += size
-        else:
-            if self._hash:
-                xxhash.xxh3_64_intdigest(self._target)
-            self._target = self._header
-        self._in_header = not self._in_header
+    def next(self, _offset: int, nbytes: int) -> memoryview:
+        if self._offset + nbytes > len(self._row):
+            self._row, self._offset = self._rows.take(), 0
+        start = self._offset
+        self._offset += nbytes
+        return self._row[start : self._offset]
 
 
-class BareSender(asyncio.Protocol):
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._hash = options["mode"] == "hash"
-        self.writable = asyncio.Event()
-        self.writable.set()
-        self.answered = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0, low=0)
-        tune(transport)
-
-    def pause_writing(self) -> None:
-        self.writable.clear()
-
-    def resume_writing(self) -> None:
-        self.writable.set()
-
-    def data_received(self, data: bytes) -> None:
-        self.answered.set()
-
-    async def send(self, rows: Rows, nbytes: int, chunk_bytes: int) -> None:
-        for _ in range(nbytes // ROW_BYTES):
-            row = rows.take()
-            for start in range(0, ROW_BYTES, chunk_bytes):
-                chunk = row[start : start + chunk_bytes]
-                if self._hash:
-                    xxhash.xxh3_64_intdigest(chunk)
-                self._transport.writelines((_HEADER.pack(len(chunk), 0), chunk))
-                await self.writable.wait()
-        self._transport.write(_HEADER.pack(0, 1))
-        await self.answered.wait()
-        self._transport.close()
+def row_chunks(rows: Rows, nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, memoryview]]:
+    """Of whole rows, `nbytes` at most."""
+    for _ in range(nbytes // ROW_BYTES):
+        row = rows.take()
+        for start in range(0, ROW_BYTES, chunk_bytes):
+            yield start, row[start : start + chunk_bytes]
 
 
-async def bare_receiver(options: dict[str, Any]) -> None:
+async def bare_receiver(options: dict[str, Any], tls: ssl.SSLContext | None = None) -> None:
     done: asyncio.Queue[None] = asyncio.Queue()
-    server = await asyncio.get_running_loop().create_server(lambda: BareReceiver(options, done), "127.0.0.1", 0)
+    hashed = options["mode"] == "hash"
+
+    def lane() -> Receiving:
+        return Receiving(Places().next, tune, lambda: done.put_nowait(None), hashed=hashed)
+
+    server = await asyncio.get_running_loop().create_server(lane, "127.0.0.1", 0, ssl=tls)
     say(port=server.sockets[0].getsockname()[1])
     await hear()
     before = cpu_s()
@@ -240,22 +191,26 @@ async def bare_receiver(options: dict[str, Any]) -> None:
     server.close()
 
 
-async def bare_sender(options: dict[str, Any]) -> None:
+async def bare_sender(options: dict[str, Any], tls: ssl.SSLContext | None = None) -> None:
     loop = asyncio.get_running_loop()
-    layers = len(layout_for(options["bytes"]).layers)
-    total = layers * 2 * HEADS * ROW_BYTES
+    total = len(layout_for(options["bytes"]).layers) * 2 * HEADS * ROW_BYTES
     rows = Rows(fill=True)
     peer = await hear()
-    lanes = []
-    for _ in range(options["lanes"]):
-        _, protocol = await loop.create_connection(lambda: BareSender(options), "127.0.0.1", peer["port"])
-        lanes.append(protocol)
+    hashed = options["mode"] == "hash"
+
+    def lane() -> Sending:
+        return Sending(tune, hashed=hashed, unbuffered=tls is None)
+
+    lanes = [
+        (await loop.create_connection(lane, "127.0.0.1", peer["port"], ssl=tls))[1] for _ in range(options["lanes"])
+    ]
     say(opened=True)
     await hear()
     before, started_s = cpu_s(), time.perf_counter()
-    await asyncio.gather(*(lane.send(rows, total // len(lanes), options["chunk_bytes"]) for lane in lanes))
+    lane_bytes = total // len(lanes)
+    await asyncio.gather(*(lane.send(row_chunks(rows, lane_bytes, options["chunk_bytes"])) for lane in lanes))
     seconds = time.perf_counter() - started_s
-    say(seconds=seconds, cpu_s=cpu_s() - before, raw_bytes=total // len(lanes) // ROW_BYTES * ROW_BYTES * len(lanes))
+    say(seconds=seconds, cpu_s=cpu_s() - before, raw_bytes=lane_bytes // ROW_BYTES * ROW_BYTES * len(lanes))
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

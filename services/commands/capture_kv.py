@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prfaas.common.errors import UsageError
 from prfaas.common.kv_layout import MAX_TOKENS
-from prfaas.services.commands.flags import Parser, new_parser
+from prfaas.services.commands.flags import Parser, new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.commands.prompt_source import prompt_tokens, read_text
 from prfaas.services.model_store import Progress, ensure_model
@@ -73,15 +73,6 @@ def add_prompt_flags(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--tokens", metavar="N", type=whole(2, MAX_TOKENS), help="prompt length [2048; of --text and --prompt: all]"
     )
-
-
-def whole(least: int, most: int) -> Callable[[str], int]:
-    def check(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least} to {most}")
-        return int(text)
-
-    return check
 
 
 def check_writable(out: Path) -> None:

@@ -9,7 +9,6 @@ which compare host names. Keys are EC P-256: a handshake takes a fraction of a m
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import ipaddress
 import os
@@ -25,13 +24,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from prfaas.common.errors import UsageError
 from prfaas.common.identity import NAME_PATTERN, ROLES, identity_uri
-from prfaas.services.commands.flags import new_parser
+from prfaas.services.commands.flags import new_parser, whole
 
+MAX_DAYS = 36500
+"""A hundred years: more is a typing error."""
 CA_DAYS = 3650
 NODE_DAYS = 365
 SKEW = datetime.timedelta(minutes=10)
 """Certificates begin a little earlier than they are made: clocks differ."""
 MAX_HOST_CHARS = 253
+"""Of a DNS name."""
 
 Key = ec.EllipticCurvePrivateKey
 
@@ -57,8 +59,12 @@ def main(argv: Sequence[str]) -> int:
         metavar="NAME:ROLE[:HOST,...]",
         help="node.name or router.name; prefill, decode, router or several with +; names or addresses that it has",
     )
-    parser.add_argument("--days", type=_days, default=NODE_DAYS, metavar="N", help=f"how long they hold [{NODE_DAYS}]")
-    parser.add_argument("--ca-days", type=_days, default=CA_DAYS, metavar="N", help=f"the same of a new CA [{CA_DAYS}]")
+    parser.add_argument(
+        "--days", type=whole(1, MAX_DAYS), default=NODE_DAYS, metavar="N", help=f"how long they hold [{NODE_DAYS}]"
+    )
+    parser.add_argument(
+        "--ca-days", type=whole(1, MAX_DAYS), default=CA_DAYS, metavar="N", help=f"the same of a new CA [{CA_DAYS}]"
+    )
     parser.add_argument("--force", action="store_true", help="replace certificates and keys of these nodes, not the CA")
     given = parser.parse_args(argv)
     for line in init(
@@ -71,12 +77,6 @@ def main(argv: Sequence[str]) -> int:
     ):
         print(line)
     return 0
-
-
-def _days(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 36500:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of days from 1 to 36500")
-    return int(text)
 
 
 def parse_node(text: str) -> NodeSpec:

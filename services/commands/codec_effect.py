@@ -31,6 +31,7 @@ from prfaas.services.kv_file import Prompt
 Logits = NDArray[np.float32]
 _MAX_BATCH_ROWS = 32
 _MAX_BATCH_BYTES = 2 << 30
+"""Of KV in one batch, all variants together."""
 
 
 class Model(Protocol):

@@ -32,6 +32,7 @@ CORE_SYSCTL = Path("/proc/sys/net/core")
 # A lane over a WAN keeps rate x round trip in flight: 4 MiB carry 400 Mbit/s over 80 ms.
 WANTED_SOCKET_BYTES = 4 << 20
 WANTED_FILES = 4096
+"""A stream takes a router three sockets: a thousand streams, and some room."""
 RENEW_S = 14 * 86400.0
 """A certificate that ends sooner is worth a warning."""
 

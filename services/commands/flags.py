@@ -13,7 +13,7 @@ import shutil
 import sys
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -30,23 +30,50 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         words = [w for w in message.split() if w.startswith("--")]
         known = [flag for action in self._actions for flag in action.option_strings]
-        wrong = words[0].split("=")[0].rstrip(":") if words else ""
+        wrong = words[0].split("=")[0].rstrip(":,") if words else ""
         close = [] if wrong in known else difflib.get_close_matches(wrong, known, n=1)
         mend = f"did you mean {close[0]}?" if close else f"try {self.prog} --help"
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; {mend}\n")
 
 
-def new_parser(prog: str, description: str, example: str) -> Parser:
+def new_parser(prog: str, description: str, example: str = "") -> Parser:
+    """`example`: a command line, where the description has none."""
     return Parser(
         prog=prog,
         usage=f"{prog} [flags]",
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog=f"example:\n  {example}" if example else None,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=30, width=min(110, shutil.get_terminal_size().columns)
         ),
         allow_abbrev=False,
     )
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A flag's type."""
+
+    def check(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least} to {most}")
+        return int(text)
+
+    return check
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A flag's type."""
+
+    def check(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {least:g} to {most:.0f}")
+        return value
+
+    return check
 
 
 def add_config_flags(parser: Parser, aliases: Mapping[str, str], *, show_all: bool) -> None:

@@ -22,6 +22,7 @@ PATH = "nodes/heartbeat"
 # 10,000 peers with names and addresses; a router that sends more is broken.
 MAX_ANSWER_BYTES = 4 << 20
 LEAVING_TIMEOUT_S = 1.0
+"""A router that doesn't hear the last heartbeat finds out by itself."""
 
 _log = log.get_logger("node")
 

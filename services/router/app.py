@@ -32,7 +32,7 @@ from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
 from prfaas.services.router.dispatch import Dispatcher, Job
 from prfaas.services.router.openai import GenerationRequest, Kind
 from prfaas.services.router.prompts import Prompts
-from prfaas.services.router.registry import LEASE_S, ROLES, Registry
+from prfaas.services.router.registry import ROLES, Registry
 from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
@@ -269,7 +269,7 @@ async def heartbeat(http: web.Request) -> web.Response:
     if registered.news is not None:
         logger.info("node", news=registered.news, node=message.node, role=message.role, region=message.region)
     peers = router.registry.peers_of(message, received_s)
-    return json_response(HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers, LEASE_S))
+    return json_response(HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers))
 
 
 def _check_url(router: Router, message: Heartbeat) -> None:

@@ -15,6 +15,7 @@ import msgspec
 from prfaas.common.errors import RequestError, UnsupportedError
 from prfaas.services.messages import SamplingMessage
 
+# A request is checked against its stops at every token, and its messages are rendered by a template: bounds on both.
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256

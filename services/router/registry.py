@@ -20,6 +20,7 @@ from prfaas.services.messages import Heartbeat, KvAddressMessage, LoadMessage, P
 from yarl import URL
 
 LEASE_S = 10.0
+"""A node that sent no heartbeat (one every 2 s) for so long is lost."""
 FORGET_S = 600.0
 """A node that has been silent for so long loses its row; until then `nodes` shows it as lost."""
 BACK_OFF_S = 2.0

@@ -40,6 +40,7 @@ from prfaas.services.commands.bench_link import hear, say
 from prfaas.services.commands.bench_peers import hear as hear_parent
 from prfaas.services.commands.bench_peers import kv_like
 from prfaas.services.commands.bench_peers import say as say_parent
+from prfaas.services.commands.flags import new_parser, number, whole
 from prfaas.transport.api import KvAddress, KvPiece, KvSender, TransferSpec
 from prfaas.transport.arena import Arena
 from prfaas.transport.endpoint import KvEndpoint
@@ -254,7 +255,7 @@ def resident_bytes() -> int:
 @contextlib.contextmanager
 def receiver_process(options: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, __file__, "--receive", json.dumps(options)],
+        [sys.executable, "-m", "tests.benchmarks.transport_fairness", "--receive", json.dumps(options)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -323,12 +324,12 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--transfers", type=int, default=1000)
-    flags.add_argument("--lanes", type=int, default=4)
-    flags.add_argument("--repetitions", type=int, default=5, help="of the small transfer")
-    flags.add_argument("--stall-s", type=float, default=5.0)
-    flags.add_argument("--codec", choices=("lz4", "zstd"), default="lz4", help="of the second stall")
+    flags = new_parser("python -m tests.benchmarks.transport_fairness", __doc__ or "")
+    flags.add_argument("--transfers", type=whole(2, 100_000), default=1000, help="that begin together (1000)")
+    flags.add_argument("--lanes", type=whole(1, 64), default=4, help="connections (4)")
+    flags.add_argument("--repetitions", type=whole(1, 1000), default=5, help="of the small transfer (5)")
+    flags.add_argument("--stall-s", type=number(0, 3600), default=5.0, help="how long the receiver stands still (5)")
+    flags.add_argument("--codec", choices=("lz4", "zstd"), default="lz4", help="of the second stall (lz4)")
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     flags.add_argument("--receive", help=argparse.SUPPRESS)
     given = flags.parse_args()

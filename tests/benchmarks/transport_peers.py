@@ -1,6 +1,6 @@
 """Our transport beside its peers, in one run: the same bytes, from host memory to host memory, over loopback.
 
-    python -m tests.benchmarks.transport_peers --install            # brings the peers in first, about 600 MB
+    python -m tests.benchmarks.transport_peers --install              # brings the peers in first, about 600 MB
     python -m tests.benchmarks.transport_peers --only prfaas,sockets,nixl --chunks 1024 --lanes 4 --json
     python -m tests.benchmarks.transport_peers --faults
 
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.services.commands.bench_peers import kv_like
+from prfaas.services.commands.flags import Parser, new_parser, number, whole
 
 from tests.benchmarks.peers import faults, kinds, report, running
 
@@ -38,22 +39,22 @@ MEMORY_BYTES = 256 * MIB
 """Of each side, passed over as often as needed: more than caches hold."""
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parser() -> Parser:
+    made = new_parser("python -m tests.benchmarks.transport_peers", __doc__ or "")
     names = ", ".join(kind.name for kind in kinds.KINDS)
     made.add_argument("--install", action="store_true", help="install what is missing first")
     made.add_argument("--peers-folder", type=Path, default=kinds.DEFAULT_FOLDER, help="where (%(default)s)")
     made.add_argument("--only", type=_names, default=None, help=f"comma-separated: {names}")
     made.add_argument("--chunks", type=_sizes(4, 16384), default=(64, 1024, 16384), help="KiB (64,1024,16384)")
-    made.add_argument("--lanes", type=_sizes(1, 64), default=(1, 4), help="(1,4)")
-    made.add_argument("--bytes-mib", type=int, default=2048, help="of each repetition; a multiple of 256 (2048)")
-    made.add_argument("--repetitions", type=int, default=3)
-    made.add_argument("--idle-s", type=float, default=2.0, help="how long the idle receiver is watched (2)")
-    made.add_argument("--congestion-control", choices=("cubic", "bbr", "reno"), default="cubic")
+    made.add_argument("--lanes", type=_sizes(1, 64), default=(1, 4), help="connections (1,4)")
+    made.add_argument(
+        "--bytes-mib", type=whole(256, 1 << 20), default=2048, help="of each repetition; a multiple of 256 (2048)"
+    )
+    made.add_argument("--repetitions", type=whole(1, 1000), default=3, help="medians count (3)")
+    made.add_argument("--idle-s", type=number(0, 3600), default=2.0, help="how long the idle receiver is watched (2)")
+    made.add_argument("--congestion-control", choices=("cubic", "bbr", "reno"), default="cubic", help="(cubic)")
     made.add_argument("--faults", action="store_true", help="what a stopped receiver and a slow link do, instead")
-    made.add_argument("--fault-s", type=float, default=45.0, help="how long --faults waits for an error (45)")
+    made.add_argument("--fault-s", type=number(1, 3600), default=45.0, help="how long --faults waits for an error (45)")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
 
@@ -71,7 +72,9 @@ def _sizes(least: int, most: int) -> Any:
     def check(text: str) -> tuple[int, ...]:
         numbers = text.split(",")
         if not all(number.isdecimal() and least <= int(number) <= most for number in numbers):
-            raise argparse.ArgumentTypeError(f"{text!r}: comma-separated whole numbers from {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be whole numbers from {least} to {most}, with commas between"
+            )
         return tuple(int(number) for number in numbers)
 
     return check
@@ -79,12 +82,10 @@ def _sizes(least: int, most: int) -> Any:
 
 def main() -> int:
     given = parser().parse_args()
-    if given.bytes_mib < 1 or (given.bytes_mib * MIB) % MEMORY_BYTES:
-        parser().error(f"--bytes-mib {given.bytes_mib}: a multiple of {MEMORY_BYTES // MIB}")
-    if given.repetitions < 1:
-        parser().error("--repetitions: at least 1")
+    if (given.bytes_mib * MIB) % MEMORY_BYTES:
+        parser().error(f"--bytes-mib: {given.bytes_mib} is no multiple of {MEMORY_BYTES // MIB}")
     if any(MEMORY_BYTES % (kib * 1024) for kib in given.chunks):
-        parser().error(f"--chunks: sizes that divide {MEMORY_BYTES // MIB} MiB")
+        parser().error(f"--chunks: each must divide {MEMORY_BYTES // MIB} MiB")
     chosen = [kind for kind in kinds.KINDS if given.only is None or kind.name in given.only]
     absent = dict(_absent(chosen, given))
     load = round(os.getloadavg()[0], 2)

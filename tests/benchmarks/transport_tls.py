@@ -9,8 +9,6 @@ at least 0.85 of the bare pair and 1.2 GB/s. `--plain` adds our lanes without TL
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import contextlib
 import json
 import secrets
@@ -19,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from prfaas.common.config import MIB, TransportConfig
 from prfaas.common.kv_layout import TokenRange
 from prfaas.services.commands import bench_peers as peers
 from prfaas.services.commands.bench_link import hear, say
+from prfaas.services.commands.flags import new_parser, whole
 from prfaas.transport.api import KvAddress, KvPiece, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
 from prfaas.transport.lanes import tls_lane
@@ -100,52 +100,19 @@ async def our_sender(options: dict[str, Any]) -> None:
     await kv.aclose()
 
 
-class BareSender(peers.BareSender):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's own limits: at 0, as without TLS, its TLS transport pauses and doesn't resume.
-        self._transport = transport  # type: ignore[assignment]
-        peers.tune(transport)
-
-
-async def bare_receiver(options: dict[str, Any]) -> None:
-    done: asyncio.Queue[None] = asyncio.Queue()
-    server = await asyncio.get_running_loop().create_server(
-        lambda: peers.BareReceiver(options, done), "127.0.0.1", 0, ssl=tls_of(options, "receiver").server()
-    )
-    peers.say(port=server.sockets[0].getsockname()[1])
-    await peers.hear()
-    before = peers.cpu_s()
-    peers.say(ready=True)
-    for _ in range(options["lanes"]):
-        await done.get()
-    peers.say(cpu_s=peers.cpu_s() - before)
-    server.close()
-
-
-async def bare_sender(options: dict[str, Any]) -> None:
-    loop = asyncio.get_running_loop()
-    rows = peers.Rows(fill=True)
-    peer = await peers.hear()
-    context = tls_of(options, "sender").client()
-    lanes = []
-    for _ in range(options["lanes"]):
-        _, protocol = await loop.create_connection(lambda: BareSender(options), "127.0.0.1", peer["port"], ssl=context)
-        lanes.append(protocol)
-    peers.say(opened=True)
-    await peers.hear()
-    total = len(peers.layout_for(options["bytes"]).layers) * 2 * peers.HEADS * peers.ROW_BYTES
-    before, started_s = peers.cpu_s(), time.perf_counter()
-    await asyncio.gather(*(lane.send(rows, total // len(lanes), options["chunk_bytes"]) for lane in lanes))
-    seconds = time.perf_counter() - started_s
-    sent = total // len(lanes) // peers.ROW_BYTES * peers.ROW_BYTES * len(lanes)
-    peers.say(seconds=seconds, cpu_s=peers.cpu_s() - before, raw_bytes=sent)
-
-
 def child_main(options: dict[str, Any]) -> None:
     log.configure("warning", "console")
     tls_lane.WRITE_BYTES = options["write_bytes"]
-    jobs = {"receiver": (our_receiver, bare_receiver), "sender": (our_sender, bare_sender)}
-    uvloop.run(jobs[options["role"]][options["mode"] == "bare"](options))
+    uvloop.run(job(options))
+
+
+def job(options: dict[str, Any]) -> Coroutine[Any, Any, None]:
+    if options["mode"] != "bare":
+        return our_receiver(options) if options["role"] == "receiver" else our_sender(options)
+    tls = tls_of(options, options["role"])
+    if options["role"] == "receiver":
+        return peers.bare_receiver(options, tls.server())
+    return peers.bare_sender(options, tls.client())
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -203,14 +170,19 @@ def main() -> int:
     if len(sys.argv) == 3 and sys.argv[1] == "--child":
         child_main(json.loads(sys.argv[2]))
         return 0
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--bytes-mib", type=int, default=1024)
-    made.add_argument("--lanes", type=int, default=4)
-    made.add_argument("--chunk-kib", type=int, default=1024)
-    made.add_argument("--write-kib", type=int, default=tls_lane.WRITE_BYTES >> 10, help="encrypted at once, ours")
-    made.add_argument("--repetitions", type=int, default=5)
+    made = new_parser("python -m tests.benchmarks.transport_tls", __doc__ or "")
+    made.add_argument("--bytes-mib", type=whole(64, 1 << 20), default=1024, help="of each repetition (1024)")
+    made.add_argument("--lanes", type=whole(1, 64), default=4, help="connections (4)")
+    made.add_argument("--chunk-kib", type=whole(4, 4096), default=1024, help="largest chunk, KiB (1024)")
+    made.add_argument(
+        "--write-kib",
+        type=whole(1, 16384),
+        default=tls_lane.WRITE_BYTES >> 10,
+        help="encrypted at once, ours (%(default)s)",
+    )
+    made.add_argument("--repetitions", type=whole(1, 1000), default=5, help="in turns; medians count (5)")
     made.add_argument("--plain", action="store_true", help="our lanes without TLS as well")
-    made.add_argument("--json", action="store_true")
+    made.add_argument("--json", action="store_true", help="print one line of JSON")
     given = made.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         make_certificates(Path(directory), "sender:prefill", "receiver:decode")

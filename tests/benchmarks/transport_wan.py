@@ -7,7 +7,7 @@ distance   1 Gbit/s, 80 ms: one transfer of 512 MiB and 64 of 8 MiB, on a new se
            KV before and was idle for a second (warm); one bare TCP flow beside them
 loss       200 Mbit/s, 60 ms, 0.05 % of the packets lost
 resets     as distance, with 8 lanes of which a random one is reset (RST) every second
-codecs     200 Mbit/s, 60 ms: each codec fixed, and the choice by measurement where the transport has it
+codecs     200 Mbit/s, 60 ms: each codec fixed, and the choice by measurement
 
 A rate is payload from the first `put` until the last byte has been received and checked, the link's delay included.
 Attainable is the link's rate less the headers of IP, TCP and chunks. `relay_late_ms`: how late the emulator itself was
@@ -31,7 +31,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prfaas.common.config import TransportConfig, field_type
+from prfaas.common.config import TransportConfig
+from prfaas.common.errors import UsageError
+from prfaas.services.commands.bench_codec import read_capture
+from prfaas.services.commands.flags import new_parser, whole
 from prfaas.transport.frames import HEADER_BYTES
 
 from tests.benchmarks.transport_wan_node import TOKEN_BYTES
@@ -42,6 +45,7 @@ KV_PORT, BARE_PORT = 8200, 5000
 IDLE_S = 1.0
 RESET_EVERY_S = 1.0
 RESET_LANES = 8
+CODECS = ("raw", "lz4", "zstd", "auto")
 TARGETS = {
     "distance.one_warm": 0.95,
     "distance.many_warm": 0.95,
@@ -234,17 +238,15 @@ def resets(options: argparse.Namespace) -> Figures:
 def codecs(options: argparse.Namespace) -> Figures:
     figures: Figures = {}
     mib = max(1, options.mib // 4)
-    names = [name for name in ("raw", "lz4", "zstd", "auto") if name in field_type("transport.codec").__args__]
     with wan(options, rate_bits_per_s=2e8, rtt_s=0.06) as link:
         figures["attainable_wire_mbit_per_s"] = attainable_mbit_per_s(link)
-        for name in names:
+        for name in CODECS:
             with pair(link, options, codec=name) as both:
                 both.transfer(1, max(1, mib // 2))
                 figures[name] = _warm(both, options, 1, mib)
         figures["relay_late_ms"] = _late_ms(link)
-    best = max(figures[name]["mbit_per_s"] for name in names if name != "auto")
-    if "auto" in names:
-        figures["auto_share_of_best"] = round(figures["auto"]["mbit_per_s"] / best, 3)
+    best = max(figures[name]["mbit_per_s"] for name in CODECS if name != "auto")
+    figures["auto_share_of_best"] = round(figures["auto"]["mbit_per_s"] / best, 3)
     return figures
 
 
@@ -303,22 +305,34 @@ def kernel() -> dict[str, str]:
 
 
 def main() -> int:
-    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
-    flags.add_argument("--mib", type=int, default=512, help="of the one big transfer; the others follow it (512)")
-    flags.add_argument("--repetitions", type=int, default=3, help="of the warm transfers; the median counts (3)")
-    flags.add_argument("--lanes", type=int, default=0, help="0 = as many as the measured bandwidth needs (0)")
-    flags.add_argument("--codec", default="raw", help="of all scenarios but codecs (raw)")
-    flags.add_argument("--congestion-control", default="auto", help="auto, cubic or bbr (auto)")
-    flags.add_argument("--socket-buffer-bytes", type=int, default=0)
+    flags = new_parser("python -m tests.benchmarks.transport_wan", __doc__ or "")
+    flags.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="(all)")
+    flags.add_argument(
+        "--mib", type=whole(32, 1 << 16), default=512, help="of the one big transfer; the others follow it (512)"
+    )
+    flags.add_argument(
+        "--repetitions", type=whole(1, 1000), default=3, help="of the warm transfers; the median counts (3)"
+    )
+    flags.add_argument("--lanes", type=whole(0, 64), default=0, help="0 = as many as the measured bandwidth needs (0)")
+    flags.add_argument("--codec", choices=CODECS, default="raw", help="of all scenarios but codecs (raw)")
+    flags.add_argument("--congestion-control", choices=("auto", "cubic", "bbr"), default="auto", help="of lanes (auto)")
+    flags.add_argument(
+        "--socket-buffer-bytes", type=whole(0, 1 << 30), default=0, help="of lanes; 0 = as the kernel does it (0)"
+    )
     flags.add_argument("--slow-start-after-idle", type=int, choices=(0, 1), default=1, help="the kernel's setting (1)")
-    flags.add_argument("--kv", help="a file of bfloat16 KV to send (default: noise that compresses about like it)")
-    flags.add_argument("--seed", type=int, default=0, help="of the choice of lanes to reset")
-    flags.add_argument("--json", action="store_true")
+    flags.add_argument(
+        "--kv", metavar="FILE", help="KV of prfaas capture-kv to send (noise that compresses about like it)"
+    )
+    flags.add_argument("--seed", type=whole(0, 1 << 31), default=0, help="of the choice of lanes to reset (0)")
+    flags.add_argument("--json", action="store_true", help="print one line of JSON")
     options = flags.parse_args()
-    reason = missing()
-    if reason:
-        flags.error(f"no emulated WAN here: {reason}")
+    if reason := missing():
+        flags.error(f"no emulated WAN here: it {reason}")
+    try:
+        if options.kv:
+            read_capture(options.kv)
+    except UsageError as error:
+        flags.error(str(error))
     report: dict[str, Any] = {}
     for name in options.only:
         print(f"{name} …", file=sys.stderr)

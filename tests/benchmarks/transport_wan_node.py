@@ -13,12 +13,14 @@ import resource
 import secrets
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import uvloop
 from prfaas.common import log
 from prfaas.common.config import TransportConfig
 from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
+from prfaas.services import kv_file
 from prfaas.services.commands.bench_peers import kv_like
 from prfaas.transport.api import KvAddress, KvPiece, KvReceiver, KvSender, TransferSpec
 from prfaas.transport.arena import Arena
@@ -144,8 +146,7 @@ async def main() -> None:
     sending = options["role"] == "sender"
     memory = Memory(kv_like(MEMORY_BYTES) if sending else None)
     if sending and options.get("kv_file"):
-        with open(options["kv_file"], "rb") as file:  # noqa: PTH123 - a file descriptor's path is fine too
-            memory = Memory(file.read(MEMORY_BYTES))
+        memory = Memory(kv_file.read(Path(options["kv_file"])).data[:MEMORY_BYTES])
     say(ready=True)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):

@@ -21,7 +21,6 @@ from prfaas.common.auth import sign, verify
 from prfaas.common.errors import PeerRefusedError, ProtocolError
 
 NONCE_BYTES = 16
-MAC_BYTES = 32
 MAX_ADDRESS_BYTES = 16 << 10
 """UCX's own addresses are a few hundred bytes: one part a network device."""
 

@@ -10,23 +10,26 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from prfaas.common.errors import SetupError
+from prfaas.common.kv_layout import MAX_TOKENS
 from prfaas.services.commands.demo import report, show
 from prfaas.services.commands.demo.client import Answer, ask
 from prfaas.services.commands.demo.cluster import Cluster, Plan, get_json, running
 from prfaas.services.commands.demo.prompt import QUESTION, build_prompt
 from prfaas.services.commands.demo.report import Run
 from prfaas.services.commands.demo.timeline import read_run
-from prfaas.services.commands.flags import Parser, new_parser
+from prfaas.services.commands.flags import Parser, new_parser, number, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.model_store import ensure_model
 from rich.console import Console
 
+MOST = 1e6
+"""Mbit/s, or ms: of the emulated WAN."""
 EXIT_TERMINATED = 128 + signal.SIGTERM
 WARM_PROMPT = "Say hello."
 WARM_TOKENS = 4
@@ -45,38 +48,18 @@ def parser() -> Parser:
     )
     flags.add_argument("--model", default="smollm2", metavar="NAME", help="smollm2, a directory or Hugging Face id")
     flags.add_argument("--question", default=QUESTION, metavar="TEXT", help=f"about the story [{QUESTION}]")
-    flags.add_argument("--prompt-tokens", type=_whole(64), metavar="N", help="repeat or cut the story to N tokens")
-    flags.add_argument("--max-tokens", type=_whole(2), default=64, metavar="N", help="longest answer [64]")
-    flags.add_argument("--rate-mbit", type=_number(0.1), default=500.0, metavar="N", help="the WAN's rate [500]")
-    flags.add_argument("--delay-ms", type=_number(0.0), default=20.0, metavar="N", help="its one-way delay [20]")
+    flags.add_argument(
+        "--prompt-tokens", type=whole(64, MAX_TOKENS), metavar="N", help="repeat or cut the story to N tokens"
+    )
+    flags.add_argument("--max-tokens", type=whole(2, MAX_TOKENS), default=64, metavar="N", help="longest answer [64]")
+    flags.add_argument("--rate-mbit", type=number(0.1, MOST), default=500.0, metavar="N", help="the WAN's rate [500]")
+    flags.add_argument("--delay-ms", type=number(0, MOST), default=20.0, metavar="N", help="its one-way delay [20]")
     flags.add_argument("--engine", choices=("transformers", "emulated"), default="transformers")
     flags.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     flags.add_argument("--no-baselines", action="store_true", help="leave the two baselines out")
     flags.add_argument("--keep", action="store_true", help="leave the services up until Ctrl-C, print a curl line")
     flags.add_argument("--json", action="store_true", help="print one object instead")
     return flags
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def check(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {least} or more")
-        return int(text)
-
-    return check
-
-
-def _number(least: float) -> Callable[[str], float]:
-    def check(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= 1e6:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {least:g} to 1000000")
-        return value
-
-    return check
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _EXPECTED_ROWS = 8
+"""A hint for the layout: a usual batch."""
 
 
 def output_head(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:

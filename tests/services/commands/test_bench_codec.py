@@ -109,7 +109,7 @@ def test_a_file_that_is_no_whole_kv_is_one_line_with_the_mend(
     Path(file).write_bytes(damage(Path(file).read_bytes()))
     assert main(["bench", "codec", "--kv", file, "--effect-tokens", "0"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert f"--kv {file}" in line
+    assert line.startswith(f"prfaas bench codec: --kv {file}")
     assert told in line
     assert line.endswith(("capture again", "prfaas capture-kv"))
 

@@ -86,6 +86,7 @@ def test_every_mistake_has_its_own_line_and_the_status_is_2(
         (["decode"], "engine.model is not set"),
         (["router"], "router.model_path is not set"),
         (["bench"], "prfaas bench link"),
+        (["certs", "init"], "required: --dir, --nodes; try prfaas certs init --help"),
         (["demo", "--rate-mbit", "0"], "must be a number from 0.1"),
         (["demo", "--max-tokens", "many"], "must be a whole number"),
     ],
