@@ -106,12 +106,9 @@ class Bars:
             return LEFT + (x - self.x_low) / span * (WIDE - LEFT - RIGHT)
 
         parts = _frame(self.title, WIDE, height, self.x_name)
-        for tick in ticks(span):
-            x = across(self.x_low + tick)
-            parts += [
-                rule(x, TOP, x, height - BOTTOM),
-                text(x, height - BOTTOM + 16, short(self.x_low + tick), "middle"),
-            ]
+        for tick in _ticks_between(self.x_low, self.x_high):
+            x = across(tick)
+            parts += [rule(x, TOP, x, height - BOTTOM), text(x, height - BOTTOM + 16, short(tick), "middle")]
         for i, row in enumerate(self.rows):
             top = TOP + i * ROW_PX + 1
             for start, end, kind in row:
@@ -131,6 +128,15 @@ def ticks(high: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10(high / 4))
     step *= next((factor for factor in (5, 2) if high / (step * factor) >= 4), 1)
     return [round(i * step, 12) for i in range(int(high / step + 1e-9) + 1)]
+
+
+def _ticks_between(low: float, high: float) -> list[float]:
+    """Round ones, as `ticks` has them for the distance."""
+    steps = ticks(high - low)
+    if len(steps) < 2:
+        return [low]
+    first = math.ceil(low / steps[1] - 1e-9)
+    return [round(i * steps[1], 12) for i in range(first, math.floor(high / steps[1] + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
