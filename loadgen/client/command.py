@@ -7,6 +7,8 @@ import asyncio
 import math
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from prfaas.common.errors import ConfigError
 from prfaas.loadgen.client.endpoint import Endpoint, Kind, base_url
 from prfaas.loadgen.client.live import LiveRun, run_live
 from prfaas.loadgen.records import OK, Records
+from prfaas.loadgen.report.objective import Objective
 from prfaas.loadgen.report.outputs import add_output_arguments, check_writable, objective_from, put_out
 from prfaas.loadgen.report.plots import Run
 from prfaas.loadgen.workloads.flags import add_workload_arguments
@@ -33,6 +36,7 @@ EXIT_INTERRUPTED = 130
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 600.0
 MAX_TIMEOUT_S = 7 * 86_400.0
+MAX_WARMUPS = 100_000.0
 KEY_VARIABLE = "OPENAI_API_KEY"
 ENDPOINTS = {"completions": "completions", "chat": "chat", "openai": "completions", "openai-chat": "chat"}
 
@@ -44,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) ->
         return words if show_all else argparse.SUPPRESS
 
     group = parser.add_argument_group("where")
-    group.add_argument("--url", "--base-url", metavar="URL", default=DEFAULT_URL, help=f"the server [{DEFAULT_URL}]")
+    group.add_argument("--url", metavar="URL", default=DEFAULT_URL, help=f"the server [{DEFAULT_URL}]")
+    group.add_argument("--base-url", dest="url", metavar="URL", default=DEFAULT_URL, help=argparse.SUPPRESS)
     group.add_argument("--model", metavar="NAME", default="", help="[the first that the server lists]")
-    group.add_argument(
-        "--endpoint-type", "--backend", metavar="NAME", help="completions, chat [completions]", default="completions"
-    )
+    group.add_argument("--endpoint-type", metavar="NAME", default="completions", help="completions, chat [completions]")
+    group.add_argument("--backend", dest="endpoint_type", metavar="NAME", default="completions", help=argparse.SUPPRESS)
     group.add_argument(
         "--request-timeout", metavar="S", default=str(DEFAULT_TIMEOUT_S), help=rare("for a whole answer [600]")
     )
@@ -57,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) ->
         "--header", metavar="NAME:VALUE", action="append", default=[], help=rare("goes with each request")
     )
     group.add_argument("--cacert", metavar="FILE", help=rare("certificates that the server's is checked by"))
+    for name in ("--num-warmups", "--warmup-request-count"):
+        words = "requests before the run, which count for nothing [0]" if name == "--num-warmups" else None
+        group.add_argument(
+            name, dest="num_warmups", metavar="N", default="0", help=rare(words) if words else argparse.SUPPRESS
+        )
     group.add_argument("--ignore-eos", action="store_true", help="each answer has all its output tokens (vLLM, PrfaaS)")
     group.add_argument("--temperature", metavar="X", default="0", help=rare("or none: leave it out [0]"))
     group.add_argument("--extra-body", metavar="JSON", help=rare("fields that every request has besides"))
@@ -70,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) ->
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0 some request was answered, 1 none was, 130 interrupted. Raises ConfigError, UsageError and
     SetupError."""
-    timeout_s, workload, endpoint, objective = _read(args)
+    given = _read(args)
+    workload, endpoint = given.workload, given.endpoint
     check_writable(args)
-    live = _run_loop(workload, endpoint, timeout_s, args)
+    live = _run_loop(given, args)
     if live.records is None:
         sys.stderr.write("prfaas-loadgen run: interrupted before anything was sent\n")
         return EXIT_INTERRUPTED
@@ -88,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     put_out(
         args,
         [Run(workload.name, live.records)],
-        objective,
+        given.objective,
         f"{workload.name} against {endpoint.url}",
         notes=notes,
         warnings=warnings,
@@ -101,7 +111,18 @@ def run(args: argparse.Namespace) -> int:
     return 0 if live.records.ok.any() else EXIT_FAILURE
 
 
-def _run_loop(workload: Workload, endpoint: Endpoint, timeout_s: float, args: argparse.Namespace) -> LiveRun:
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the flags say."""
+
+    workload: Workload
+    endpoint: Endpoint
+    objective: Objective
+    timeout_s: float
+    warmups: int
+
+
+def _run_loop(given: _Given, args: argparse.Namespace) -> LiveRun:
     try:
         from uvloop import new_event_loop
     except ImportError:
@@ -109,21 +130,22 @@ def _run_loop(workload: Workload, endpoint: Endpoint, timeout_s: float, args: ar
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(
             run_live(
-                workload,
-                endpoint,
-                timeout_s=timeout_s,
+                given.workload,
+                given.endpoint,
+                timeout_s=given.timeout_s,
                 ca_file=args.cacert,
+                warmups=given.warmups,
                 timelines=not args.no_timelines,
                 quiet=args.no_progress,
             )
         )
 
 
-def _read(args: argparse.Namespace) -> tuple[float, Workload, Endpoint, Any]:
+def _read(args: argparse.Namespace) -> _Given:
     """All mistakes of all flags together. Raises ConfigError."""
     problems: list[str] = []
 
-    def made(make: Any, *given: Any) -> Any:
+    def made(make: Callable[..., Any], *given: Any) -> Any:
         try:
             return make(*given)
         except ConfigError as error:
@@ -135,6 +157,7 @@ def _read(args: argparse.Namespace) -> tuple[float, Workload, Endpoint, Any]:
         problems.append(f"--endpoint-type {args.endpoint_type}: there are completions, chat")
     url = made(base_url, args.url)
     timeout_s = made(_number, "--request-timeout", args.request_timeout, MAX_TIMEOUT_S)
+    warmups = made(_number, "--num-warmups", args.num_warmups, MAX_WARMUPS)
     temperature = None if args.temperature == "none" else made(_number, "--temperature", args.temperature, 100.0)
     if timeout_s == 0:
         problems.append("--request-timeout 0: it is above 0")
@@ -149,7 +172,7 @@ def _read(args: argparse.Namespace) -> tuple[float, Workload, Endpoint, Any]:
         raise ConfigError(problems)
     chosen: Kind = "chat" if kind == "chat" else "completions"
     endpoint = Endpoint(url, chosen, args.model, prompts, temperature, args.ignore_eos, extra, headers)
-    return timeout_s, workload, endpoint, objective
+    return _Given(workload, endpoint, objective, timeout_s, int(warmups))
 
 
 def _number(flag: str, text: str, most: float) -> float:

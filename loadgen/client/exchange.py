@@ -21,6 +21,12 @@ KEEPALIVE_S = 4.0
 meets the close would fail by the client's fault."""
 REQUEST_ID, REASON = "x-request-id", "x-prfaas-reason"
 PREFILL_NODE, DECODE_NODE = "x-prfaas-prefill", "x-prfaas-decode"
+HEADERS = {
+    "content-type": "application/json",
+    "accept": "text/event-stream",
+    # What is compressed on the way comes in lumps.
+    "accept-encoding": "identity",
+}
 MAX_HEADER_CHARS = 200
 CONNECT_WORDS: Mapping[int, str] = {
     errno.ECONNREFUSED: "connection_refused",
@@ -86,7 +92,7 @@ class Exchange:
     async def _ask(self, body: bytes, record: RequestRecord, answer: Answer) -> None:
         # aiohttp writes a large body of bytes in one piece, which would hold up everybody else's events.
         data = io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
-        headers = {"content-type": "application/json", "accept": "text/event-stream", **self._endpoint.headers}
+        headers = {**HEADERS, **self._endpoint.headers}
         async with self._session.post(
             self._endpoint.path, data=data, headers=headers, allow_redirects=False
         ) as response:

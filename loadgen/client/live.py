@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,8 @@ from prfaas.loadgen.client.stream import error_text
 from prfaas.loadgen.client.timelines import Timelines
 from prfaas.loadgen.client.verdict import ClientHealth, judge
 from prfaas.loadgen.client.watch import LoopWatch
-from prfaas.loadgen.records import Records
+from prfaas.loadgen.records import OK, Records, RequestRecord
+from prfaas.loadgen.workloads.rngs import MAX_SEED
 from prfaas.loadgen.workloads.workload import Workload
 
 MODELS_TIMEOUT_S = 10.0
@@ -46,11 +48,13 @@ async def run_live(
     *,
     timeout_s: float,
     ca_file: str | None = None,
+    warmups: int = 0,
     timelines: bool = True,
     quiet: bool = False,
 ) -> LiveRun:
     """Send the workload. SIGINT ends it early. Raises SetupError when `endpoint.model` is "" and the server names none.
 
+    `warmups`: so many requests of the workload are sent before, one by one, with other prompts of the same lengths.
     `timelines`: ask a PrfaaS router for what it knows of each request. `quiet`: no live line.
     """
     raise_file_limit()
@@ -61,6 +65,7 @@ async def run_live(
     async with session:
         if not endpoint.model:
             endpoint = replace(endpoint, model=await first_model(session, endpoint))
+        await _warm_up(session, endpoint, workload, warmups, timeout_s)
         clock, watch = Clock(), LoopWatch()
         clock.start()
         exchange = Exchange(session, endpoint, clock.now_s, timeout_s)
@@ -81,6 +86,22 @@ async def run_live(
         records = runner.builder.records() if len(runner.builder) else None
         health = judge(records, watch.lags_s(), watch.cpu_cores, asked.missed if asked else 0)
         return LiveRun(endpoint.model, records, health, exchange.errors, runner.unsent, runner.stopped)
+
+
+async def _warm_up(
+    session: aiohttp.ClientSession, endpoint: Endpoint, workload: Workload, count: int, timeout_s: float
+) -> None:
+    """Raises SetupError at the first that isn't answered."""
+    # Other words: the run's own prompts must not be found in a prefix cache.
+    other = replace(endpoint.prompts, content_seed=(endpoint.prompts.content_seed + 1) % MAX_SEED)
+    warm = replace(endpoint, prompts=other)
+    exchange = Exchange(session, warm, time.perf_counter, timeout_s)
+    for i in range(count):
+        request = workload[i % len(workload)]
+        record = RequestRecord(i, 0.0, OK)
+        await exchange.ask(warm.body(workload, request), record)
+        if record.status != OK:
+            raise SetupError(f"the server doesn't answer a warm-up request: {exchange.errors[record.error]}")
 
 
 class _Model(msgspec.Struct):

@@ -62,8 +62,7 @@ def _problem(record: Record) -> str | None:
 
 def as_json(summaries: Sequence[Summary], **more: Any) -> bytes:
     """One object: `runs`, a list of summaries, and what is given besides."""
-    encoded = msgspec.json.encode({"runs": summaries, **more}, order="sorted" if not more else None)
-    return msgspec.json.format(encoded, indent=1) + b"\n"
+    return msgspec.json.format(msgspec.json.encode({"runs": summaries, **more}), indent=1) + b"\n"
 
 
 def as_csv(summaries: Sequence[Summary]) -> str:

@@ -15,6 +15,8 @@ from prfaas.loadgen.report.svg import COLOURS, Bars, Plot, Series
 CDF_POINTS = 300
 DOTS = 1500
 TIME_BINS = 120
+REQUESTS_A_SLICE, FEWEST_SLICES = 20, 8
+"""Of a line of percentiles over time: below that it is noise."""
 ROWS = 60
 LOG_SPREAD = 50
 """A CDF's axis is logarithmic when its greatest value is so many times its median."""
@@ -77,7 +79,7 @@ def cdf(title: str, x_name: str, values: Sequence[tuple[str, Floats]]) -> Plot |
 
 
 def against_time(runs: Sequence[Run]) -> Plot | None:
-    """TTFT over the scheduled send: dots for requests, and the median of each slice of time."""
+    """TTFT over the scheduled send: dots for requests, lines for percentiles of each slice of time."""
     series = []
     for i, run in enumerate(runs):
         latency_s = ttft_s(run.records)
@@ -86,24 +88,20 @@ def against_time(runs: Sequence[Run]) -> Plot | None:
             continue
         x, y = run.records.scheduled_s[known], latency_s[known]
         some = thinned(known.size, DOTS // len(runs))
-        colour = COLOURS[i % len(COLOURS)]
-        series.append(
-            Series(run.name if len(runs) > 1 else "a request", x[some].tolist(), y[some].tolist(), "dots", colour)
-        )
-        if known.size > TIME_BINS:
-            bins = _bins(run.records)
-            place = np.digitize(x, bins)
-            for q, look in ((50, "line"), (99, "dashed")) if len(runs) == 1 else ((50, "line"),):
-                line = _quantiles(place, y, bins.size - 1, q)
-                series.append(
-                    Series(
-                        f"p{q}",
-                        _centres(bins),
-                        line,
-                        "dashed" if look == "dashed" else "line",
-                        COLOURS[(i + q // 50) % 8],
-                    )
-                )
+        own = COLOURS[i % len(COLOURS)]
+        name = run.name if len(runs) > 1 else "a request"
+        series.append(Series(name, x[some].tolist(), y[some].tolist(), "dots", own))
+        slices = min(TIME_BINS, known.size // REQUESTS_A_SLICE)
+        if slices < FEWEST_SLICES:
+            continue
+        bins = np.linspace(x.min(), x.max() + 1e-9, slices + 1)
+        place = np.digitize(x, bins)
+        # One run has room for its tail; of several, each has its median in its own colour.
+        wanted = ((50, COLOURS[1]), (99, COLOURS[4])) if len(runs) == 1 else ((50, own),)
+        for q, colour in wanted:
+            line = _quantiles(place, y, slices, q)
+            named = f"p{q}" if len(runs) == 1 else f"{run.name} p{q}"
+            series.append(Series(named, _centres(bins), line, "line", colour))
     return Plot("Time to the first token against time", "scheduled send, s", "TTFT, s", series) if series else None
 
 

@@ -10,9 +10,13 @@ from html import escape
 from typing import Literal
 
 WIDTH, HEIGHT = 720, 340
+WIDE = 1440
+"""Of bars, which have a row of the page to themselves."""
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 56, 46
 COLOURS = ("#2f7ed8", "#d9622b", "#2e9e55", "#9560c9", "#c0429b", "#8a7a1f", "#1c9aa8", "#7d7d7d")
 LEGEND_CHAR_PX, LEGEND_GAP_PX = 6.6, 28
+AXIS_NAME_PX = 170
+"""Left of a legend, for the name of the y axis."""
 ROW_PX = 9
 FEW_DOTS = 400
 
@@ -55,7 +59,7 @@ class Plot:
                 HEIGHT - TOP - BOTTOM
             )
 
-        parts = [*_frame(self.title, HEIGHT, self.x_name), text(LEFT, TOP - 8, self.y_name)]
+        parts = [*_frame(self.title, WIDTH, HEIGHT, self.x_name), text(LEFT, TOP - 8, self.y_name)]
         for y in ticks(y_high):
             height = place(x_low, y)[1]
             parts += [rule(LEFT, height, WIDTH - RIGHT, height), text(LEFT - 6, height + 4, short(y), "end")]
@@ -71,7 +75,7 @@ class Plot:
                 points = [place(*point) for point in run]
                 parts += _dots(points, colour) if series.look == "dots" else [_line(points, colour, series.look)]
         names = [(s.name, s.colour or COLOURS[i % len(COLOURS)]) for i, s in enumerate(self.series)]
-        return "\n".join([*parts, *(legend(names) if len(names) > 1 else []), "</svg>"])
+        return "\n".join([*parts, *(legend(names, WIDTH) if len(names) > 1 else []), "</svg>"])
 
     def _x_range(self) -> tuple[float, float]:
         xs = [x for series in self.series for x in series.x if math.isfinite(x) and (x > 0 or not self.log_x)]
@@ -99,15 +103,12 @@ class Bars:
         span = self.x_high - self.x_low or 1.0
 
         def across(x: float) -> float:
-            return LEFT + (x - self.x_low) / span * (WIDTH - LEFT - RIGHT)
+            return LEFT + (x - self.x_low) / span * (WIDE - LEFT - RIGHT)
 
-        parts = _frame(self.title, height, self.x_name)
-        for tick in ticks(span):
-            x = across(self.x_low + tick)
-            parts += [
-                rule(x, TOP, x, height - BOTTOM),
-                text(x, height - BOTTOM + 16, short(self.x_low + tick), "middle"),
-            ]
+        parts = _frame(self.title, WIDE, height, self.x_name)
+        for tick in _ticks_between(self.x_low, self.x_high):
+            x = across(tick)
+            parts += [rule(x, TOP, x, height - BOTTOM), text(x, height - BOTTOM + 16, short(tick), "middle")]
         for i, row in enumerate(self.rows):
             top = TOP + i * ROW_PX + 1
             for start, end, kind in row:
@@ -117,7 +118,7 @@ class Bars:
                         f'<rect x="{across(start):.1f}" y="{top}" width="{wide:.1f}" height="{ROW_PX - 2}"'
                         f' fill="{self.kinds[kind][1]}"/>'
                     )
-        return "\n".join([*parts, *legend(self.kinds), "</svg>"])
+        return "\n".join([*parts, *legend(self.kinds, WIDE), "</svg>"])
 
 
 def ticks(high: float) -> list[float]:
@@ -127,6 +128,15 @@ def ticks(high: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10(high / 4))
     step *= next((factor for factor in (5, 2) if high / (step * factor) >= 4), 1)
     return [round(i * step, 12) for i in range(int(high / step + 1e-9) + 1)]
+
+
+def _ticks_between(low: float, high: float) -> list[float]:
+    """Round ones, as `ticks` has them for the distance."""
+    steps = ticks(high - low)
+    if len(steps) < 2:
+        return [low]
+    first = math.ceil(low / steps[1] - 1e-9)
+    return [round(i * steps[1], 12) for i in range(first, math.floor(high / steps[1] + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -152,24 +162,27 @@ def rule(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="currentColor" opacity="0.15"/>'
 
 
-def legend(names: Sequence[tuple[str, str]]) -> list[str]:
-    """(name, colour) in a line above the plot, right-aligned."""
-    widths = [len(name) * LEGEND_CHAR_PX + LEGEND_GAP_PX for name, _ in names]
-    x = WIDTH - RIGHT - sum(widths) + 10
+def legend(names: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """(name, colour) in a line above the plot, right-aligned; names are cut where all together are too long."""
+    room = (width - LEFT - RIGHT - AXIS_NAME_PX) / max(len(names), 1)
+    most = max(int((room - LEGEND_GAP_PX) / LEGEND_CHAR_PX), 3)
+    shown = [(name if len(name) <= most else name[: most - 1] + "…", colour) for name, colour in names]
+    widths = [len(name) * LEGEND_CHAR_PX + LEGEND_GAP_PX for name, _ in shown]
+    x = width - RIGHT - sum(widths) + 10
     made = []
-    for (name, colour), width in zip(names, widths, strict=True):
+    for (name, colour), wide in zip(shown, widths, strict=True):
         made.append(f'<rect x="{x:.1f}" y="{TOP - 17}" width="10" height="10" fill="{colour}"/>')
         made.append(text(x + 14, TOP - 8, name))
-        x += width
+        x += wide
     return made
 
 
-def _frame(title: str, height: int, x_name: str) -> list[str]:
+def _frame(title: str, width: int, height: int, x_name: str) -> list[str]:
     return [
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}"'
         ' xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="currentColor">',
         f'<text x="{LEFT}" y="18" font-size="14" font-weight="bold">{escape(title)}</text>',
-        text((LEFT + WIDTH - RIGHT) / 2, height - 10, x_name, "middle"),
+        text((LEFT + width - RIGHT) / 2, height - 10, x_name, "middle"),
     ]
 
 
