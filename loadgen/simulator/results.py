@@ -122,8 +122,8 @@ def _how(traces_given: bool) -> str:
         " alike what they predict to be late. (a) is the threshold planned for the steady case; (b) the best static"
         " threshold found afterwards for each run; (c) the best that a search finds that knows when the event begins"
         " and ends (`loadgen/simulator/compare.py`), on the same requests. (c) is found, not proven: a bound over all"
-        " policies would refuse the longest prompts first, since goodput counts requests, and nobody here may choose whom"
-        f" to refuse.{trace}\n"
+        " policies would refuse the longest prompts first, since goodput counts requests, and nobody here may choose"
+        f" whom to refuse.{trace}\n"
     )
 
 
