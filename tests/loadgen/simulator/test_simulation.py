@@ -187,6 +187,16 @@ def test_lost_nodes(seed, at_s, region, role, share):
     assert simulation._pending_bytes == pytest.approx([0.0], abs=1e-3)
 
 
+def test_a_transfer_from_a_lost_node_leaves_the_link():
+    """What it had sent is lost, the rest isn't sent; it begins anew on the node that is left."""
+    cluster = two_regions(away=2, bandwidth=1e6)
+    made = Simulation(cluster, load([0.0, 0.0]), OffloadAll(ADMIT_ALL), [NodesLost(0.4, "away", 0.5)], tick_s=0.1).run()
+    assert made.retries.tolist() == [0, 1]
+    assert made.link_bytes["away", "home"] == pytest.approx(2e6 + 0.2e6, rel=1e-3)
+    # The first: 0.2 MB on half the link, 0.1 MB on all of it until the other begins anew at 0.5 s, then half again.
+    assert made.kv_ready_s == pytest.approx([1.9, 2.2], abs=1e-3)
+
+
 def test_nodes_that_come_back():
     """What nobody can serve is refused, or held at the router until somebody can."""
     cluster = two_regions(1, 2, 0, 0)
