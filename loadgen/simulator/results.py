@@ -120,10 +120,10 @@ def _how(traces_given: bool) -> str:
         f" event. The window is the event and {RECOVERY_S:.0f} s of recovery. Goodput: requests/s within TTFT ≤ max(10"
         " s, 2 × bare prefill of the pool that serves) and TPOT ≤ 27.5 ms. All sides get the same requests and refuse"
         " alike what they predict to be late. (a) is the threshold planned for the steady case; (b) the best static"
-        " threshold found afterwards for each run; (c) the best that a search finds that knows when the event begins and"
-        " ends (`loadgen/simulator/compare.py`), on the same requests. (c) is found, not proven: a bound over all policies"
-        " would refuse the longest prompts first, since goodput counts requests, and nobody here may choose whom to"
-        f" refuse.{trace}\n"
+        " threshold found afterwards for each run; (c) the best that a search finds that knows when the event begins"
+        " and ends (`loadgen/simulator/compare.py`), on the same requests. (c) is found, not proven: a bound over all"
+        " policies would refuse the longest prompts first, since goodput counts requests, and nobody here may choose"
+        f" whom to refuse.{trace}\n"
     )
 
 

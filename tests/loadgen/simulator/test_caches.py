@@ -38,12 +38,8 @@ def test_a_second_turn_computes_what_is_new():
 
 def test_the_last_token_is_never_cached():
     """Of a prompt of two whole blocks the first is reused when it comes again, since n − 1 tokens fill only that."""
-    made = Simulation(
-        two_regions(),
-        load([0.0, 5.0], 200),
-        HomogeneousPd(ADMIT_ALL),
-        caches=caches([200, 200], [[0, 1]] * 2, {0: ROOM}),
-    ).run()
+    held = caches([200, 200], [[0, 1], [0, 1]], {0: ROOM})
+    made = Simulation(two_regions(), load([0.0, 5.0], 200), HomogeneousPd(ADMIT_ALL), caches=held).run()
     assert made.cached_tokens.tolist() == [0, 100]
 
 
