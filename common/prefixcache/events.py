@@ -7,7 +7,10 @@ contents: a `Reset`, then everything as if it had just been added. Until then th
 holder, since a prefix that isn't there costs more than one that nobody knew of.
 
     node   pool.drain_events() ──▶ stream.add ──▶ stream.batch ══heartbeat══▶ index.apply   router
-           stream.acknowledge ◀═══════════════════answer═══════════════════ next sequence
+           stream.acknowledge ◀═══════════════════answer═══════════════════ next sequence, or RESTART
+           if stream.needs_restart: stream.restart(pool.contents())
+
+In one process nothing is lost: `index.take(holder, pool.drain_events())`.
 
 Events are msgspec structs, so that a heartbeat's body can carry them. Pure.
 """
@@ -68,7 +71,7 @@ class EventBatch(msgspec.Struct, frozen=True, array_like=True):
     the sender's process, so that numbers of different lives are not confused."""
 
     epoch: int
-    sequence: int
+    sequence: Annotated[int, msgspec.Meta(ge=0)]
     events: Annotated[tuple[Event, ...], msgspec.Meta(max_length=MAX_BATCH_KEYS)]
 
 

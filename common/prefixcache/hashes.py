@@ -4,10 +4,10 @@
     key[i]  = H(tokens of block i as little-endian uint32, salt = key[i−1])          key[−1] = root
 
 H is BLAKE2b with 16-byte digests; its salt has 16 bytes as well, and costs no compression. A key that two prefixes
-share would hand one client's KV to another, so keys must not collide even for somebody who tries: BLAKE2b-128 makes that
-2^64 work, and by chance 10^12 blocks collide with probability 10^24 / 2^129 < 2·10^−15. xxh3-128 takes a fourth of the
-time, but its collisions can be constructed; with 64 tokens a block BLAKE2b needs some 2 ms for 128K tokens, which is
-little beside that prompt's prefill (`tests/benchmarks/bench_prefixcache.py`).
+share would hand one client's KV to another, so keys must not collide even for somebody who tries: BLAKE2b-128 makes
+that 2^64 work, and by chance 10^12 blocks collide with probability 10^24 / 2^129 < 2·10^−15. xxh3-128 takes a fourth
+of the time, but its collisions can be constructed; with 64 tokens a block BLAKE2b needs some 2 ms for 128K tokens,
+which is little beside that prompt's prefill (`tests/benchmarks/bench_prefixcache.py`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ of retired bits bit by bit, a few at each later change, and then the bits are us
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -168,8 +168,8 @@ def _begins(batch: EventBatch) -> bool:
 
 
 class PrefixIndex:
-    """Not for several threads at once. `apply` takes numbered batches; `add`, `evict`, `add_snapshots` and
-    `evict_snapshots` are for those who miss nothing, as the simulator does.
+    """Not for several threads at once. `apply` takes numbered batches; `take`, and `add`, `evict`, `add_snapshots` and
+    `evict_snapshots`, are for those who miss nothing, as the simulator.
 
     After any sequence of changes it answers as if it kept every holder's blocks apart, except that it claims less when
     it had to forget. It never claims what its holder hasn't reported, or has reported as evicted.
@@ -286,9 +286,13 @@ class PrefixIndex:
                 stream.broken = True
                 stream.sequence = max(stream.sequence, end) if known else stream.sequence
             return RESTART
+        self.take(holder, events)
+        return stream.sequence
+
+    def take(self, holder: int, events: Iterable[Event]) -> None:
+        """Events in order, none of them missing: what `PrefixPool.drain_events` gave, with no link between."""
         for event in events:
             self._take(holder, event)
-        return stream.sequence
 
     def _take(self, holder: int, event: Event) -> None:
         match event:
@@ -364,14 +368,19 @@ class PrefixIndex:
 
     def _make(self, key: BlockKey, parent: _Entry | None) -> _Entry | None:
         """None: it would be one too many, and there is nothing else to forget."""
+        tips = self._tips
+        if len(self._entries) >= self.settings.max_blocks:
+            was_tip = parent if parent in tips else None
+            if was_tip is not None:
+                del tips[was_tip]  # or it might be what is forgotten
+            if not self._forget_one():
+                if was_tip is not None:
+                    tips[was_tip] = None
+                return None
         if parent is not None:
-            self._tips.pop(parent, None)
-        if len(self._entries) >= self.settings.max_blocks and not self._forget_one():
-            if parent is not None and parent is not self._root and parent.first_child is None:
-                self._tips[parent] = None
-            return None
+            tips.pop(parent, None)  # again: what was forgotten may have been its last child
         entry = self._entries[key] = _Entry(key, parent)
-        self._tips[entry] = None
+        tips[entry] = None
         return entry
 
     def _place(self, entry: _Entry, parent: _Entry) -> bool:

@@ -127,7 +127,7 @@ class BoundedIndexMachine(IndexMachine):
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestBoundedIndex = BoundedIndexMachine.TestCase
-TestBoundedIndex.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestBoundedIndex.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 def chain_of(name: int, blocks: int) -> list[int]:
@@ -182,6 +182,18 @@ def test_a_prompt_longer_than_the_bound_is_known_up_to_it() -> None:
     assert len(index) == 5
 
 
+def test_room_for_a_block_may_come_from_its_only_sibling() -> None:
+    """The parent is a tip for a moment, and must not be taken for one afterwards."""
+    index = PrefixIndex(IndexSettings(max_blocks=3))
+    index.add(0, None, [1, 2])
+    index.add(1, None, [8])
+    for sibling in (3, 4, 5):
+        index.add(0, 1, [sibling])
+        assert dict(index.match([1, sibling]).pairs()) == {0: 2}
+        assert index.match([8]).longest == 1
+    assert (len(index), index.forgotten) == (3, 3)
+
+
 def test_blocks_in_another_order_are_not_taken() -> None:
     """A key names a whole prefix, so it has one place; a reporter who says otherwise is wrong, and counted."""
     index = PrefixIndex()
@@ -204,6 +216,21 @@ def test_holders_that_come_and_go_take_no_more_room() -> None:
         index.add(life % 4, None, chain)
     assert all(bits.bit_length() <= 9 for _, bits in index.match(chain).steps)
     assert dict(index.match(chain).pairs()) == dict.fromkeys(range(4), 50)
+
+
+def test_a_bit_that_is_used_again_says_nothing_of_its_holder_before() -> None:
+    """Also where others have the same blocks and snapshots, so that these stay."""
+    index = PrefixIndex(IndexSettings(max_holders=3))
+    chain = chain_of(1, 5)
+    for holder in (0, 1):
+        index.add(holder, None, chain)
+        index.add_snapshots(holder, [chain[4]])
+    for life in range(20):
+        index.remove(0)
+        index.evict(1, [])
+        index.add(0, None, [9000 + life] if life % 2 else chain[:1])
+        assert dict(index.match(chain).pairs()) == ({1: 5} if life % 2 else {0: 1, 1: 5})
+        assert dict(index.match_exact(chain).pairs()) == {1: 5}
 
 
 def test_bounds_are_checked() -> None:

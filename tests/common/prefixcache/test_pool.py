@@ -216,18 +216,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def tell(self) -> None:
         """The index hears of everything, though nobody fetched events when there were many."""
-        for event in self.pool.drain_events():
-            match event:
-                case Reset():
-                    self.index.remove(0)
-                case BlocksAdded():
-                    self.index.add(0, event.parent, event.keys)
-                case BlocksEvicted():
-                    self.index.evict(0, event.keys)
-                case SnapshotsAdded():
-                    self.index.add_snapshots(0, event.keys)
-                case SnapshotsEvicted():
-                    self.index.evict_snapshots(0, event.keys)
+        self.index.take(0, self.pool.drain_events())
         for chain in CHAINS:
             match = self.index.match_exact if self.sizes.needs_snapshot else self.index.match
             assert match(keys(chain)).longest == self.pool.match(keys(chain))
