@@ -175,6 +175,8 @@ class Load:
             problems.append(f"a concurrency is from 1 to {MAX_CONCURRENCY:,}, not {self.max_concurrency:,}")
         if not (math.isfinite(self.burstiness) and self.burstiness > 0):
             problems.append(f"burstiness is above 0, not {self.burstiness:g}")
+        elif self.gaps != "gamma" and self.burstiness != 1.0:
+            problems.append(f"burstiness is the shape of gamma gaps; {self.gaps} ones have none")
         if not self.until_s > 0:
             problems.append(f"a duration is above 0, not {self.until_s:g} s")
         if problems:

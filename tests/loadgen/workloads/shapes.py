@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 from prfaas.loadgen.workloads.arrivals import Load, SteadyRate
 from prfaas.loadgen.workloads.lengths import Uniform
+from prfaas.loadgen.workloads.prefixes import Segment, StreamPrefixes
 from prfaas.loadgen.workloads.prompts import TokenPrompts
 from prfaas.loadgen.workloads.rngs import Rngs
 from prfaas.loadgen.workloads.synthetic import SharedPrefixes, SyntheticShape, Turns, synthetic_workload
@@ -37,15 +38,24 @@ def chain_of(tokens, block_tokens):
 
 
 def assert_ids_are_prefixes(workload):
-    """Over all requests: equal block ids exactly where the prompts are equal up to the block's end."""
+    """Over all prompts: equal block ids exactly where they are equal up to the block's end; the blocks that outputs
+    fill have ids of their own or those of a longer prompt."""
+    block_tokens = workload.prefixes.block_tokens
     prefix_of_id, id_of_prefix = {}, {}
     for index in range(len(workload)):
-        ids = workload.prefixes.block_ids(index).tolist()
-        chain = chain_of(tokens_of(workload, index), workload.prefixes.block_tokens)
-        assert len(ids) == len(chain)
-        for block, prefix in zip(ids, chain, strict=True):
-            assert prefix_of_id.setdefault(block, prefix) == prefix
-            assert id_of_prefix.setdefault(prefix, block) == block
+        tokens = tokens_of(workload, index)
+        chains = [(workload.prefixes.block_ids(index).tolist(), chain_of(tokens, block_tokens))]
+        assert len(chains[0][0]) == len(chains[0][1])
+        if isinstance(workload.prefixes, StreamPrefixes):
+            own = workload.prefixes.segments(index)[-1]
+            output = Segment(own.stream, own.tokens, int(workload.output_tokens[index]))
+            tokens = tokens + TokenPrompts(workload.content_seed, VOCAB).token_ids([output]).tolist()
+            held = workload.prefixes.sequence_block_ids(index).tolist()
+            chains.append((held, chain_of(tokens, block_tokens)[: len(held)]))
+        for ids, chain in chains:
+            for block, prefix in zip(ids, chain, strict=True):
+                assert prefix_of_id.setdefault(block, prefix) == prefix
+                assert id_of_prefix.setdefault(prefix, block) == block
 
 
 def columns_of(workload):

@@ -151,6 +151,7 @@ def test_a_curve_that_is_none_is_refused(starts, rates, period):
         lambda: Load(SteadyRate(0.0)),
         lambda: Load(SteadyRate(math.nan)),
         lambda: Load(SteadyRate(1.0), burstiness=0.0),
+        lambda: Load(SteadyRate(1.0), burstiness=2.0),
         lambda: Load(SteadyRate(1.0), burstiness=math.inf),
         lambda: Load(SteadyRate(1.0), max_concurrency=0),
         lambda: Load(SteadyRate(1.0), until_s=0.0),

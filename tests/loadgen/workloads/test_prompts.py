@@ -91,6 +91,22 @@ def test_text_has_about_the_tokens_asked_for(ratio):
         assert len(text) == pytest.approx(10_000, rel=0.02)
 
 
+@pytest.mark.model
+@pytest.mark.parametrize("tokens", [1, 64, 8192])
+def test_a_real_vocabulary_makes_the_tokens_asked_for(smollm2_dir, tokens):
+    """With one token a word the real model's tokenizer counts exactly what was asked for, and a prompt that goes on
+    keeps its tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
+    short, long = (
+        tokenizer.encode(TextPrompts(3).text([Segment(5, 0, n)]), add_special_tokens=False).ids
+        for n in (tokens, 2 * tokens)
+    )
+    assert len(short) == tokens
+    assert long[:tokens] == short
+
+
 def test_no_prompt_is_empty():
     """Fewer tokens than a word has are one word."""
     assert TextPrompts(3, 8.0).text([Segment(0, 0, 1)]) == WORDS[0]

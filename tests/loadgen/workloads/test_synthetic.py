@@ -145,6 +145,22 @@ def test_prefixes_are_as_popular_as_asked(zipf, shares):
     assert counts == pytest.approx(shares, abs=5 * 0.5 / math.sqrt(30_000))
 
 
+def test_shared_prefixes_are_nobodys_own_text():
+    """No stream of a shared prefix is the stream of a conversation."""
+    workload = workload_of(SHAPE, 300)
+    pairs = [workload.prefixes.segments(i) for i in range(300)]
+    assert not {shared.stream for shared, _ in pairs} & {own.stream for _, own in pairs}
+
+
+def test_what_is_drawn_for_one_purpose_says_nothing_about_another():
+    """Lengths, outputs, gaps, turns, think times and prefixes are uncorrelated, though all come from one seed."""
+    rngs = Rngs.from_seed(9)
+    generators = [getattr(rngs, name) for name in Rngs.__slots__ if name != "content_seed"]
+    drawn = np.array([generator.random(20_000) for generator in generators])
+    apart = np.abs(np.corrcoef(drawn) - np.eye(len(generators)))
+    assert apart.max() < 5 / math.sqrt(20_000)
+
+
 def test_a_duration_decides_how_much():
     """Without a count, requests come until the duration is over, and none after it."""
     workload = synthetic_workload("t", SHAPE, Load(SteadyRate(50.0), until_s=100.0), Rngs.from_seed(1))
