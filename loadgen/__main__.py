@@ -112,7 +112,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         description=command.DESCRIPTION,
         epilog=command.EXAMPLE,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=30, width=min(120, shutil.get_terminal_size().columns)
+            prog, max_help_position=36, width=min(120, shutil.get_terminal_size().columns)
         ),
         allow_abbrev=False,
     )

@@ -36,12 +36,12 @@ Integers = NDArray[np.int64]
 
 
 class RequestRecord(msgspec.Struct, omit_defaults=True):
-    """One request. Only the first five fields are needed; a simulator fills in more than a foreign server tells."""
+    """One request. Only the first three fields are needed; a simulator fills in more than a foreign server tells."""
 
     index: int
     """Its place in the workload."""
     scheduled_s: float
-    status: str = OK
+    status: str
     """One of STATUSES."""
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -78,7 +78,7 @@ class RequestRecord(msgspec.Struct, omit_defaults=True):
     exposed_s: float | None = None
     first_step_s: float | None = None
     transfer_s: float | None = None
-    """From the first layer that was ready to the arrival of the last one."""
+    """From prefill's start, as the first pieces leave with its first layer, to the arrival of the last layer."""
     kv_raw_bytes: int = UNKNOWN
     kv_wire_bytes: int = UNKNOWN
 
