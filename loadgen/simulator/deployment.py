@@ -49,6 +49,12 @@ class Deployment:
     def nodes(self) -> dict[str, int]:
         return {f"{group.region} {group.role} ({group.profile.name})": group.nodes for group in self.cluster.groups}
 
+    def as_text(self) -> str:
+        """One line."""
+        nodes = ", ".join(f"{count} × {name}" for name, count in self.nodes.items())
+        threshold = "" if self.threshold_tokens is None else f", threshold {self.threshold_tokens:,.0f} tokens"
+        return f"{nodes}; {self.policy_name}{threshold}"
+
     def run(self, workload: Workload) -> Outcome:
         """One run; an adaptive policy is given a tick a second."""
         policy = self.policy()
