@@ -59,6 +59,20 @@ def test_a_trace_with_caches(capsys, tmp_path):
     assert cached["100"] < cached["0"]
 
 
+def test_what_happens_is_said_by_flags(capsys):
+    """Half the home nodes die and come back, and the link narrows: some are routed again, and it takes longer."""
+    flags = ["simulate", "--num-prompts", "300", "--isl", "paper", "--osl", "512", "--request-rate", "2", "--json"]
+    flags += ["--admit-all"]
+    events = ["--lose-nodes", "30:pd:0.5", "--nodes-back", "60:pd", "--link-change", "20:4", "--link-change", "90:100"]
+    made = []
+    for more in ([], events):
+        assert main([*flags, *more]) == 0
+        made.append(json.loads(capsys.readouterr().out)["runs"][0])
+    assert made[1]["ok"] == 300
+    assert made[1]["offload"]["fallbacks"].get("node_lost", 0) > 0
+    assert made[1]["ttft_s"]["mean"] > made[0]["ttft_s"]["mean"]
+
+
 def test_the_same_report_as_a_live_run(capsys, tmp_path):
     """Tables, every request as JSONL, figures as CSV, and a page; `report` reads what was saved."""
     saved, page = tmp_path / "r.jsonl", tmp_path / "r.html"
@@ -84,6 +98,11 @@ def test_the_same_report_as_a_live_run(capsys, tmp_path):
         (["--results", "x.md", "--traces", "nowhere"], "--traces nowhere: no such folder"),
         (["--link-gbps", "-1"], "--link-gbps -1 must be a number from 0 on"),
         (["--link-loss", "1"], "--link-loss 1 must be below 1"),
+        (["--link-change", "8"], "--link-change 8 must be like S:GBPS"),
+        (["--lose-nodes", "9:mars:0.5"], "no region 'mars'; there are pd and prfaas"),
+        (["--lose-nodes", "9:pd:2"], "the share must be at most 1"),
+        (["--nodes-back", "x:pd"], "--nodes-back x:pd: x must be a number"),
+        (["--prfaas-nodes", "0", "--link-change", "9:1"], "there is no link to change"),
         (["--home-nodes", "0"], "--home-nodes 0 must be a whole number from 1"),
         (["--home-nodes", "3", "--home-prefill-nodes", "3"], "a node that decodes"),
         (["--isl", "-5"], "-5"),

@@ -16,8 +16,9 @@ from prfaas.common.scheduling.policies import (
     StaticThreshold,
 )
 from prfaas.loadgen.simulator.cluster import Cluster, Group, LinkChange, NodesBack, NodesLost, RoleChange
+from prfaas.loadgen.simulator.columns import DONE, REFUSED, Load
 from prfaas.loadgen.simulator.measures import saturated_throughput, ttft_s
-from prfaas.loadgen.simulator.simulation import DONE, REFUSED, Load, Simulation
+from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.workloads.arrivals import Load as Times
 from prfaas.loadgen.workloads.lengths import Fixed
 from prfaas.loadgen.workloads.rngs import Rngs
