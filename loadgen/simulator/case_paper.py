@@ -18,8 +18,9 @@ from prfaas.common.scheduling.policies import ADMIT_ALL, AdaptiveThreshold, Homo
 from prfaas.common.scheduling.types import AdmittingPolicy, ClusterSnapshot
 from prfaas.loadgen.plan import case_paper as planned
 from prfaas.loadgen.simulator.cluster import Cluster, Group
+from prfaas.loadgen.simulator.columns import Load, Outcome
 from prfaas.loadgen.simulator.measures import Interval, interval, latencies, saturated_throughput
-from prfaas.loadgen.simulator.simulation import Load, Outcome, Simulation
+from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS, PAPER_OUTPUT_LENGTHS
 from prfaas.loadgen.workloads.rngs import Rngs
 

@@ -39,8 +39,8 @@ class Cluster:
     groups: Sequence[Group]
     links: dict[tuple[str, str], LinkProfile] = field(default_factory=dict)
     max_inflight: int = 0
-    role_switch_s: float = 30.0
-    """What changing a drained node's role costs (s): weights stay, the KV memory is laid out anew and caches are lost;
+    role_switch_s: float = 60.0
+    """What changing a drained node's role costs (s), as in `ConversionSettings.switch_s`: it starts again and warms up;
     the paper doesn't say."""
     link_estimate_s: float = 1.0
     """What a policy sees of a link's bandwidth is so old (s): a few round trips and a window of measurement."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.common.errors import UsageError
+from prfaas.loadgen.report.objective import Objective
+from prfaas.loadgen.report.outputs import add_output_arguments, check_writable, objective_from, put_out
+from prfaas.loadgen.report.plots import Run
 from prfaas.loadgen.simulator import case_paper, results
 from prfaas.loadgen.simulator.deployment import add_deployment_arguments, deployment_from
-from prfaas.loadgen.simulator.measures import latencies
-from prfaas.loadgen.simulator.simulation import DONE
+from prfaas.loadgen.simulator.outcome_records import records
 from prfaas.loadgen.simulator.trace_scenario import find
 from prfaas.loadgen.workloads.flags import add_workload_arguments
 from prfaas.loadgen.workloads.from_flags import workload_from
@@ -25,6 +27,8 @@ examples:
   prfaas-loadgen simulate --case paper
   prfaas-loadgen simulate --request-rate 2.5 --num-prompts 5000 --link-gbps 10
   prfaas-loadgen simulate --results docs/results.md --traces traces/"""
+OBJECTIVE = Objective(ttft_s=10.0, tpot_s=0.0275, ttft_prefills=2.0)
+"""Of goodput, where --goodput names no other: what the policies admit by."""
 MAX_SEEDS = 1000
 MAX_REQUESTS = 1_000_000
 
@@ -37,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) ->
     group.add_argument("--requests", metavar="N", help=f"of --case, a seed [{case_paper.DEFAULT_REQUESTS}]")
     group.add_argument("--results", metavar="FILE", help="all scenarios, written as a page of Markdown")
     group.add_argument("--traces", metavar="DIR", help="for --results: where the conversation trace lies")
-    group.add_argument("--json", action="store_true", help="print one JSON object")
     add_deployment_arguments(parser)
     add_workload_arguments(parser, show_all=show_all)
+    add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--traces is for --results; a trace alone is --dataset")
     seeds = _whole("--seeds", args.seeds, MAX_SEEDS, case_paper.DEFAULT_SEEDS)
     requests = _whole("--requests", args.requests, MAX_REQUESTS, case_paper.DEFAULT_REQUESTS)
+    if args.case or args.results:
+        _no_files(args)
     if args.case:
         made = _with_progress(seeds, requests)
         _print(args.json, made, case_paper.as_text(made))
@@ -58,42 +64,30 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.seeds or args.requests:
             raise UsageError("--seeds and --requests belong to --case paper; a workload has --seed and --num-prompts")
-        made = simulated(args)
-        _print(args.json, made, as_text(made))
+        _simulate(args)
     return 0
 
 
-def simulated(args: argparse.Namespace) -> dict[str, Any]:
-    """The workload of the flags on the deployment of the flags."""
+def _simulate(args: argparse.Namespace) -> None:
+    """The workload of the flags on the deployment of the flags; the report is that of a live run."""
+    objective = objective_from(args) or OBJECTIVE
+    check_writable(args)
     workload = workload_from(args)
     deployment = deployment_from(args, workload)
     outcome = deployment.run(workload)
-    served = latencies(outcome, 0.0)
-    ends = outcome.end_s[outcome.end_s == outcome.end_s]
-    lasted_s = float(ends.max() - outcome.arrival_s.min()) if ends.size else 0.0
-    return {
-        "workload": workload.name,
-        "requests": int(outcome.arrival_s.size),
-        "policy": deployment.policy_name,
-        "threshold": deployment.threshold_tokens,
-        "nodes": deployment.nodes,
-        "lasted_s": lasted_s,
-        "requests_per_s": float((outcome.status == DONE).sum()) / lasted_s if lasted_s else 0.0,
-        **served,
-        "egress_gbps": sum(outcome.link_bytes.values()) / lasted_s * 8e-9 if lasted_s else 0.0,
-        "reasons": outcome.reasons,
-    }
+    snapshot = deployment.cluster.snapshot()
+    rows = records(outcome, snapshot.names, snapshot.region_names)
+    if not args.json:
+        sys.stdout.write(deployment.as_text() + "\n\n")
+    about = {"policy": deployment.policy_name, "threshold": deployment.threshold_tokens, "nodes": deployment.nodes}
+    name = f"{workload.name}, {deployment.policy_name}"
+    put_out(args, [Run(name, rows)], objective, "A simulation", notes=[deployment.as_text()], deployment=about)
 
 
-def as_text(made: dict[str, Any]) -> str:
-    """A line a figure."""
-    lines = []
-    for key, value in made.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{name} {count}" for name, count in value.items())
-        lines.append(f"{key:22} {shown}")
-    return "\n".join(lines)
+def _no_files(args: argparse.Namespace) -> None:
+    for flag in ("goodput", "jsonl", "csv", "html"):
+        if getattr(args, flag):
+            raise UsageError(f"--{flag} is of one simulated workload; --case and --results have their own output")
 
 
 def _with_progress(seeds: int, requests: int) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from prfaas.common.scheduling.policies import AdaptiveThreshold, StaticThreshold
 from prfaas.common.scheduling.types import AdmittingPolicy, ClusterSnapshot
 from prfaas.loadgen.simulator.caches import CacheBlind
 from prfaas.loadgen.simulator.case_paper import HOME
+from prfaas.loadgen.simulator.columns import DONE, Load, Outcome
 from prfaas.loadgen.simulator.measures import Objective, goodput, offered, ttft_s
 from prfaas.loadgen.simulator.scenarios import Scenario
-from prfaas.loadgen.simulator.simulation import DONE, Load, Outcome, Simulation
+from prfaas.loadgen.simulator.simulation import Simulation
 
 Tick = Callable[[float, ClusterSnapshot], None]
 STATIC_FACTORS = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.8, 4.0)

@@ -25,8 +25,9 @@ from prfaas.common.scheduling.policies import (
 from prfaas.common.scheduling.types import AdmittingPolicy
 from prfaas.loadgen.simulator.caches import CacheBlind, RegionCaches
 from prfaas.loadgen.simulator.case_paper import AWAY, HOME
-from prfaas.loadgen.simulator.cluster import Cluster, Group
-from prfaas.loadgen.simulator.simulation import Load, Outcome, Simulation
+from prfaas.loadgen.simulator.cluster import Change, Cluster, Group, LinkChange, NodesBack, NodesLost
+from prfaas.loadgen.simulator.columns import Load, Outcome
+from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.simulator.trace_scenario import cache_sizes
 from prfaas.loadgen.workloads.schedule import Schedule
 from prfaas.loadgen.workloads.workload import Workload
@@ -44,10 +45,17 @@ class Deployment:
     threshold_tokens: float | None
     cache_bytes: int
     cache_blind: bool
+    changes: tuple[Change, ...] = ()
 
     @property
     def nodes(self) -> dict[str, int]:
         return {f"{group.region} {group.role} ({group.profile.name})": group.nodes for group in self.cluster.groups}
+
+    def as_text(self) -> str:
+        """One line."""
+        nodes = ", ".join(f"{count} × {name}" for name, count in self.nodes.items())
+        threshold = "" if self.threshold_tokens is None else f", threshold {self.threshold_tokens:,.0f} tokens"
+        return f"{nodes}; {self.policy_name}{threshold}"
 
     def run(self, workload: Workload) -> Outcome:
         """One run; an adaptive policy is given a tick a second."""
@@ -58,6 +66,7 @@ class Deployment:
             self.cluster,
             _load(workload),
             CacheBlind(policy) if self.cache_blind else policy,
+            self.changes,
             source=Schedule(workload),
             hold=True,
             caches=caches,
@@ -83,6 +92,9 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--link-gbps", metavar="G", default="100", help="between the regions [100]")
     add("--link-rtt-ms", metavar="MS", default="20", help="its round trip [20]")
     add("--link-loss", metavar="X", default="0", help="share of bytes that are sent again [0]")
+    add("--link-change", metavar="S:GBPS", action="append", default=[], help="from second S on; may be repeated")
+    add("--lose-nodes", metavar="S:REGION:SHARE", action="append", default=[], help="of pd or prfaas, 0 to 1")
+    add("--nodes-back", metavar="S:REGION", action="append", default=[], help="all that were lost")
     add("--policy", choices=POLICIES, default="adaptive", help="how requests are routed [adaptive]")
     add("--threshold", metavar="TOKENS", help="longer uncached lengths are offloaded [as planned]")
     add("--cache-gib", metavar="GIB", default="0", help="prefix pool of each region [0: no caches]")
@@ -101,6 +113,7 @@ def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
     gbps = numbers.number("--link-gbps", args.link_gbps)
     rtt_ms, loss = numbers.number("--link-rtt-ms", args.link_rtt_ms), numbers.number("--link-loss", args.link_loss)
     threshold = None if args.threshold is None else numbers.number("--threshold", args.threshold)
+    changes = _changes(args, numbers, rtt_ms, loss)
     cache_gib = numbers.number("--cache-gib", args.cache_gib)
     if loss >= 1:
         numbers.problems.append(f"--link-loss {args.link_loss} must be below 1")
@@ -129,7 +142,32 @@ def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
         threshold if has_threshold else None,
         round(cache_gib * 2**30),
         args.cache_blind,
+        changes,
     )
+
+
+def _changes(args: argparse.Namespace, numbers: _Numbers, rtt_ms: float, loss: float) -> tuple[Change, ...]:
+    """What the flags say will happen, and when."""
+    made: list[Change] = []
+    for given in args.link_change:
+        parts = numbers.parts("--link-change", given, ("S", "GBPS"))
+        if parts and loss < 1:
+            at_s, gbps = (numbers.number(f"--link-change {given}:", part) for part in parts)
+            link = LinkProfile.of_gbps(gbps, rtt_ms * 1e-3, loss)
+            made += [LinkChange(at_s, AWAY, HOME, link), LinkChange(at_s, HOME, AWAY, link)]
+    for given in args.lose_nodes:
+        if parts := numbers.parts("--lose-nodes", given, ("S", "REGION", "SHARE")):
+            at_s, share = (numbers.number(f"--lose-nodes {given}:", part) for part in (parts[0], parts[2]))
+            made.append(NodesLost(at_s, numbers.region("--lose-nodes", parts[1]), share))
+            if share > 1:
+                numbers.problems.append(f"--lose-nodes {given}: the share must be at most 1")
+    for given in args.nodes_back:
+        if parts := numbers.parts("--nodes-back", given, ("S", "REGION")):
+            at_s = numbers.number(f"--nodes-back {given}:", parts[0])
+            made.append(NodesBack(at_s, numbers.region("--nodes-back", parts[1])))
+    if made and not numbers.whole("--prfaas-nodes", args.prfaas_nodes, 0):
+        numbers.problems.append("without --prfaas-nodes there is no link to change and no region but home")
+    return tuple(made)
 
 
 def _planned(
@@ -168,6 +206,19 @@ class _Numbers:
             return int(given)
         self.problems.append(f"{flag} {given} must be a whole number from {least} to 100,000")
         return least
+
+    def parts(self, flag: str, given: str, names: tuple[str, ...]) -> list[str]:
+        """Between the colons; none when there are too few or too many."""
+        found = given.split(":")
+        if len(found) == len(names):
+            return found
+        self.problems.append(f"{flag} {given} must be like {':'.join(names)}")
+        return []
+
+    def region(self, flag: str, given: str) -> str:
+        if given not in (HOME, AWAY):
+            self.problems.append(f"{flag}: no region {given!r}; there are {HOME} and {AWAY}")
+        return given
 
     def number(self, flag: str, given: str) -> float:
         try:

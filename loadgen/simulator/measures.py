@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from prfaas.loadgen.simulator.simulation import DONE, Outcome
+from prfaas.loadgen.simulator.columns import DONE, Outcome
 
 Floats = NDArray[np.float64]
 

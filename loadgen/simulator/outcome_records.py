@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from prfaas.loadgen.records import OK, REFUSED, Records, Words
-from prfaas.loadgen.simulator.simulation import DONE, Outcome
+from prfaas.loadgen.simulator.columns import DONE, Outcome
 
 
 def records(outcome: Outcome, node_names: Sequence[str] = (), region_names: Sequence[str] = ()) -> Records:

@@ -14,7 +14,7 @@ from prfaas.loadgen.simulator.measures import interval
 from prfaas.loadgen.simulator.scenarios import LOAD_SHARE, RECOVERY_S, Scenario, scenarios
 
 DEFAULT_SEEDS = 5
-TRACE_SEEDS = 2
+TRACE_SEEDS = 3
 """They change only when within its tick a request comes."""
 TRACE_LOADS = (0.9, 1.1)
 SIDES = ("adaptive", "planned", "static", "clairvoyant", "cache_blind")

@@ -16,7 +16,7 @@ from prfaas.loadgen.plan import case_paper as planned
 from prfaas.loadgen.simulator.caches import RegionCaches
 from prfaas.loadgen.simulator.case_paper import AWAY, HOME, RTT_S, systems
 from prfaas.loadgen.simulator.cluster import Change, Cluster, LinkChange, NodesBack, NodesLost
-from prfaas.loadgen.simulator.simulation import Load
+from prfaas.loadgen.simulator.columns import Load
 from prfaas.loadgen.workloads.arrivals import RateCurve
 from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS, PAPER_OUTPUT_LENGTHS, TruncatedLogNormal
 from prfaas.loadgen.workloads.rngs import Rngs

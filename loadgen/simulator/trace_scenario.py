@@ -22,8 +22,8 @@ from prfaas.loadgen.plan.case_paper import LINK
 from prfaas.loadgen.simulator.caches import RegionCaches
 from prfaas.loadgen.simulator.case_paper import AWAY, HOME, RTT_S
 from prfaas.loadgen.simulator.cluster import Cluster, Group
+from prfaas.loadgen.simulator.columns import Load
 from prfaas.loadgen.simulator.scenarios import Scenario
-from prfaas.loadgen.simulator.simulation import Load
 from prfaas.loadgen.workloads.lines import read_lines
 from prfaas.loadgen.workloads.prefixes import TracePrefixes
 from prfaas.loadgen.workloads.replay import TraceCut, TraceTimes, trace_workload

@@ -14,8 +14,9 @@ from prfaas.common.perfmodel.profiles import shipped
 from prfaas.common.scheduling.policies import AdaptiveThreshold, HomogeneousPd, OffloadAll, RoundRobin, StaticThreshold
 from prfaas.common.scheduling.types import RequestSnapshot
 from prfaas.loadgen.simulator.cluster import Cluster, Group
+from prfaas.loadgen.simulator.columns import Load
 from prfaas.loadgen.simulator.measures import latencies
-from prfaas.loadgen.simulator.simulation import Load, Simulation
+from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS
 from prfaas.loadgen.workloads.rngs import Rngs
 

@@ -135,6 +135,22 @@ def test_least_loaded_by_predicted_finish():
     assert decision.predicted_ttft_s == pytest.approx(0.5 + 1.0 + 0.02)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_full_nodes_are_left_out(policy):
+    """A node that has as many requests as it takes is never given another, though it would be the least loaded."""
+    full = {"inflight": 4, "most": 4}
+    nodes = [
+        node(HOME, ROLE_DECODE, **full),
+        node(HOME, ROLE_DECODE, inflight=9),
+        node(HOME, ROLE_PREFILL, **full),
+        node(HOME, ROLE_PREFILL, free_at=5.0),
+    ]
+    decision = policy()(request(100), cluster(nodes))
+    assert (decision.decode_node, decision.prefill_node) == (1, 3)
+    assert policy()(request(100), cluster([nodes[0], LOCAL])).reason == "full"
+    assert policy()(request(100), cluster([nodes[1], nodes[2]])).prefill_node is None
+
+
 def test_link_and_decode_can_be_what_takes_longest():
     """The first token waits for the slowest of prefill, the bytes ahead on the link, and a place in the batch."""
     away = OffloadAll(ADMIT_ALL)
@@ -272,7 +288,7 @@ NODES = st.lists(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(
     NODES,
     st.sampled_from(POLICIES),

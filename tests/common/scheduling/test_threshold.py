@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prfaas.common.perfmodel.profiles import shipped
 from prfaas.common.scheduling.threshold import Observed, ThresholdController, ThresholdSettings, observe
@@ -81,6 +81,7 @@ def test_a_new_plan():
     assert control.update(QUIET, 1.0) == 5_000
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(*(st.floats(0, 100) | st.just(math.inf) for _ in range(2)), st.floats(0, 100), st.floats(0, 1)),

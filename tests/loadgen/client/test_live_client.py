@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -274,7 +275,9 @@ async def test_an_answer_that_never_comes_is_a_timeout(server: Any, client: Any,
 
 async def test_what_is_no_http_is_an_error_like_others(client: Any, make_workload: Any) -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        # All of it: closing with something unread would reset the connection.
+        await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1]))
         writer.write(b"this is no HTTP\r\n\r\n")
         writer.close()
 

@@ -6,7 +6,8 @@ from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.common.perfmodel.profiles import NodeProfile
 from prfaas.common.scheduling.policies import ADMIT_ALL, AdaptiveThreshold
 from prfaas.loadgen.simulator.cluster import Cluster, Group
-from prfaas.loadgen.simulator.simulation import Load, Simulation
+from prfaas.loadgen.simulator.columns import Load
+from prfaas.loadgen.simulator.simulation import Simulation
 
 
 def profile(prefill_s_per_token=0.001, bytes_per_token=1000.0, step_s=0.02, max_batch=4, kv_capacity_bytes=0):

@@ -36,6 +36,13 @@ def test_a_second_turn_computes_what_is_new():
     assert (held.hit_tokens, held.seen_tokens) == (200, 700)
 
 
+def test_the_last_token_is_never_cached():
+    """Of a prompt of two whole blocks the first is reused when it comes again, since n − 1 tokens fill only that."""
+    held = caches([200, 200], [[0, 1], [0, 1]], {0: ROOM})
+    made = Simulation(two_regions(), load([0.0, 5.0], 200), HomogeneousPd(ADMIT_ALL), caches=held).run()
+    assert made.cached_tokens.tolist() == [0, 100]
+
+
 def test_only_the_increment_crosses():
     """The home region holds the first turn's prefix after its transfer, so that only what is new is sent."""
     made = run(OffloadAll(ADMIT_ALL), caches(*TURNS, {0: ROOM, 1: ROOM}))

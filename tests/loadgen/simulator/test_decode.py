@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prfaas.common.perfmodel.curves import Curve, Surface
 from prfaas.common.perfmodel.profiles import NodeProfile
@@ -54,6 +54,7 @@ def test_lost():
     assert node.next_done_s() == math.inf
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 40)), min_size=1, max_size=15), st.integers(1, 4))
 def test_as_if_every_token_were_an_event(requests, max_batch):
     """Ends are those of a loop over single steps."""

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prfaas.loadgen.simulator.link import SharedLink
 
@@ -78,6 +78,7 @@ def test_cancelled():
 FLOWS = st.lists(st.tuples(st.floats(0, 20), st.floats(1, 5000), st.floats(0.1, 20)), min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(FLOWS, st.floats(1, 2000))
 def test_bytes_are_conserved(flows, rate):
     """All bytes of all flows pass, no flow before its prefill ends or faster than the link, and the link is never

@@ -36,10 +36,10 @@ def test_a_workload_on_a_deployment(capsys, policy):
     flags = ["--num-prompts", "200", "--isl", "paper", "--osl", "64", "--request-rate", "1", "--policy", policy]
     assert main(["simulate", *flags, "--admit-all", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["requests"] == 200
-    assert made["policy"] == policy
-    assert made["share_refused"] == 0
-    assert (made["share_offloaded"] > 0) == (policy != "homogeneous")
+    run = made["runs"][0]
+    assert (run["requests"], run["ok"], run["refused"]) == (200, 200, 0)
+    assert made["deployment"]["policy"] == policy
+    assert (run["offload"]["offloaded"] > 0) == (policy != "homogeneous")
 
 
 def test_a_trace_with_caches(capsys, tmp_path):
@@ -55,8 +55,35 @@ def test_a_trace_with_caches(capsys, tmp_path):
     cached = {}
     for gib in ("0", "100"):
         assert main(["simulate", *flags, "--cache-gib", gib]) == 0
-        cached[gib] = json.loads(capsys.readouterr().out)["prefill_mean_s"]
+        cached[gib] = json.loads(capsys.readouterr().out)["runs"][0]["ttft_s"]["mean"]
     assert cached["100"] < cached["0"]
+
+
+def test_what_happens_is_said_by_flags(capsys):
+    """Half the home nodes die and come back, and the link narrows: some are routed again, and it takes longer."""
+    flags = ["simulate", "--num-prompts", "300", "--isl", "paper", "--osl", "512", "--request-rate", "2", "--json"]
+    flags += ["--admit-all"]
+    events = ["--lose-nodes", "30:pd:0.5", "--nodes-back", "60:pd", "--link-change", "20:4", "--link-change", "90:100"]
+    made = []
+    for more in ([], events):
+        assert main([*flags, *more]) == 0
+        made.append(json.loads(capsys.readouterr().out)["runs"][0])
+    assert made[1]["ok"] == 300
+    assert made[1]["offload"]["fallbacks"].get("node_lost", 0) > 0
+    assert made[1]["ttft_s"]["mean"] > made[0]["ttft_s"]["mean"]
+
+
+def test_the_same_report_as_a_live_run(capsys, tmp_path):
+    """Tables, every request as JSONL, figures as CSV, and a page; `report` reads what was saved."""
+    saved, page = tmp_path / "r.jsonl", tmp_path / "r.html"
+    flags = ["--num-prompts", "50", "--isl", "paper", "--osl", "64", "--request-rate", "2"]
+    assert main(["simulate", *flags, "--jsonl", str(saved), "--html", str(page), "--csv", str(tmp_path / "r.csv")]) == 0
+    words = capsys.readouterr().out
+    assert "what left home" in words
+    assert "threshold" in words
+    assert "<svg" in page.read_text()
+    assert main(["report", str(saved)]) == 0
+    assert "50" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -65,10 +92,17 @@ def test_a_trace_with_caches(capsys, tmp_path):
         (["--case", "paper", "--seeds", "0"], "--seeds 0 must be a whole number from 1"),
         (["--case", "paper", "--results", "x.md"], "--results does --case paper as well"),
         (["--traces", "x"], "--traces is for --results"),
+        (["--case", "paper", "--html", "x.html"], "--html is of one simulated workload"),
+        (["--html", "/nowhere/x.html"], "--html /nowhere/x.html: No such file"),
         (["--seeds", "3"], "--seeds and --requests belong to --case paper"),
         (["--results", "x.md", "--traces", "nowhere"], "--traces nowhere: no such folder"),
         (["--link-gbps", "-1"], "--link-gbps -1 must be a number from 0 on"),
         (["--link-loss", "1"], "--link-loss 1 must be below 1"),
+        (["--link-change", "8"], "--link-change 8 must be like S:GBPS"),
+        (["--lose-nodes", "9:mars:0.5"], "no region 'mars'; there are pd and prfaas"),
+        (["--lose-nodes", "9:pd:2"], "the share must be at most 1"),
+        (["--nodes-back", "x:pd"], "--nodes-back x:pd: x must be a number"),
+        (["--prfaas-nodes", "0", "--link-change", "9:1"], "there is no link to change"),
         (["--home-nodes", "0"], "--home-nodes 0 must be a whole number from 1"),
         (["--home-nodes", "3", "--home-prefill-nodes", "3"], "a node that decodes"),
         (["--isl", "-5"], "-5"),

@@ -16,8 +16,9 @@ from prfaas.common.scheduling.policies import (
     StaticThreshold,
 )
 from prfaas.loadgen.simulator.cluster import Cluster, Group, LinkChange, NodesBack, NodesLost, RoleChange
+from prfaas.loadgen.simulator.columns import DONE, REFUSED, Load
 from prfaas.loadgen.simulator.measures import saturated_throughput, ttft_s
-from prfaas.loadgen.simulator.simulation import DONE, REFUSED, Load, Simulation
+from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.workloads.arrivals import Load as Times
 from prfaas.loadgen.workloads.lengths import Fixed
 from prfaas.loadgen.workloads.rngs import Rngs
@@ -185,6 +186,16 @@ def test_lost_nodes(seed, at_s, region, role, share):
         assert served.all()
     assert not simulation.snapshot.inflight_requests.any()
     assert simulation._pending_bytes == pytest.approx([0.0], abs=1e-3)
+
+
+def test_a_transfer_from_a_lost_node_leaves_the_link():
+    """What it had sent is lost, the rest isn't sent; it begins anew on the node that is left."""
+    cluster = two_regions(away=2, bandwidth=1e6)
+    made = Simulation(cluster, load([0.0, 0.0]), OffloadAll(ADMIT_ALL), [NodesLost(0.4, "away", 0.5)], tick_s=0.1).run()
+    assert made.retries.tolist() == [0, 1]
+    assert made.link_bytes["away", "home"] == pytest.approx(2e6 + 0.2e6, rel=1e-3)
+    # The first: 0.2 MB on half the link, 0.1 MB on all of it until the other begins anew at 0.5 s, then half again.
+    assert made.kv_ready_s == pytest.approx([1.9, 2.2], abs=1e-3)
 
 
 def test_nodes_that_come_back():
