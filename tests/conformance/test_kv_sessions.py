@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import itertools
 from collections.abc import AsyncIterator
@@ -223,6 +224,35 @@ async def test_a_node_that_leaves_says_so_after_the_chunk_that_has_begun(
         await leaving[0]
         await transfer.sender.aclose()
         await transfer.receiver.aclose()
+
+
+async def test_a_node_that_leaves_while_much_comes_to_it_says_so(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """A connection that is closed with bytes unread is reset, and a peer in the middle of writing sees that before it
+    reads why: it would wait `resume_s` for a node that is gone."""
+    async with pair(faulty, dense(2), lanes=2, chunk_bytes=1 << 20, credit_bytes=32 << 20, resume_s=60.0) as p:
+        spec = functools.partial(spec_of, p.layout, (0, 65536))
+        transfers = [p.offer(spec()), p.offer(spec(), sender=p.far)]
+        for transfer in transfers:
+            await transfer.sender.open()
+        leaving: list[asyncio.Task[None]] = []
+        chunks = itertools.count(1)
+
+        def leave(_header: FrameHeader) -> None:
+            if next(chunks) == 8:
+                leaving.append(asyncio.create_task(p.near.aclose()))
+
+        faults[0].on_chunk = leave
+        for transfer in transfers:
+            transfer.sender.put(transfer.pieces(0))
+        with pytest.raises(LaneLostError, match="lanes to near were lost: the node is shutting down"):
+            async with asyncio.timeout(SOON_S):
+                await transfers[0].receiver.finished()
+        await leaving[0]
+        for transfer in transfers:
+            await transfer.sender.aclose()
+            await transfer.receiver.aclose()
 
 
 async def test_a_lane_too_many_is_closed_when_what_it_took_has_arrived(
