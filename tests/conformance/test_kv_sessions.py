@@ -48,16 +48,42 @@ async def test_the_session_that_has_carried_something_tells_of_the_link(backend:
         assert p.near.link_estimates()["far"].bandwidth_bytes_per_s > 0
         assert p.near.clock("far") is not None
 
-        def series() -> list[object]:
-            gauges = (p.near.metrics.link, p.near.metrics.codec)
-            return [sample for gauge in gauges for metric in gauge.collect() for sample in metric.samples]
-
-        assert series()
+        assert series(p.near) == {"far"}
         for dialler in list(p.near._dialled.values()):
             p.near._hang_up(dialler)
         await p.far.aclose()
         await asyncio.gather(*p.near._background)
-        assert series() == []
+        assert series(p.near) == set()
+
+
+def series(endpoint: KvEndpoint) -> set[str]:
+    """The peers that the metrics tell something of."""
+    gauges = (endpoint.metrics.link.gauge, endpoint.metrics.codec.gauge)
+    return {sample.labels["peer"] for gauge in gauges for metric in gauge.collect() for sample in metric.samples}
+
+
+async def test_one_of_two_sessions_that_ends_takes_nothing_of_the_other_with_it(backend: MakeBackend) -> None:
+    """Each side has dialled the other, as both do when heartbeats name them, and one needs its session no longer."""
+    async with pair(backend, dense(), codec="zstd", idle_s=60.0) as p:
+        await p.send()
+        p.far.connect("near", p.near.addresses)
+        [dialler] = p.far._dialled.values()
+        async with asyncio.timeout(SOON_S):
+            await dialler.usable()
+        ends = dialler.session.channels()
+        p.far._hang_up(dialler)
+        await asyncio.gather(*(channel.closed for channel in ends), *p.far._background)
+        codecs = p.far.metrics.codec.gauge.collect()
+        assert {sample.labels["codec"] for metric in codecs for sample in metric.samples} == {"zstd"}
+        await p.send(seed=1)
+
+
+async def test_of_a_peer_that_never_answered_nothing_is_told(backend: MakeBackend) -> None:
+    """Heartbeats name many that have gone already."""
+    async with pair(backend, dense(), idle_s=60.0) as p:
+        p.near.connect("ghost", [KvAddress("127.0.0.1", 9)])
+        await p.send()
+        assert series(p.near) == {"far"}
 
 
 # -- where a node is --------------------------------------------------------------------------------------------------
