@@ -10,6 +10,7 @@ import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import structlog
 from prfaas.common.errors import LaneLostError, PeerRefusedError, TransferCancelledError
@@ -333,8 +334,9 @@ class Acceptor:
             lane = await self._lanes.get()
         return lane, await lane.until(FrameType.HELLO)
 
-    def answer(self, lane: RawLane, hello: Hello) -> None:
+    def answer(self, lane: RawLane, hello: Hello, *, epoch: str = "") -> None:
         body = hello_body(hello.session, hello.lane, hello.lanes, answer=True)
+        body = msgspec.structs.replace(body, epoch=epoch)
         lane.writer.write(encode_control(signed(body, SECRET, hello.nonce)))
 
     async def alive(self, lane: RawLane) -> None:
@@ -371,6 +373,45 @@ async def test_an_old_session_that_is_unknown_does_not_end_the_new_one(acceptor:
         _, joining = await acceptor.hello()
         assert (joining.session, joining.resume) == (beginning.session, True)
         await acceptor.alive(fresh)
+
+
+async def test_a_late_answer_says_nothing_of_the_peer(acceptor: Acceptor) -> None:
+    """The session ended meanwhile: neither what that process decodes nor who it was holds for the next one."""
+    async with pair(TcpBackend, dense(), lanes=2, resume_s=0.0) as p, acceptor.listening() as address:
+        p.near.connect("raw", [address])
+        (first, begun), (second, late) = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(first, begun, epoch="old")
+        await acceptor.alive(first)
+        assert "raw" in series(p.near)
+        await first.aclose()
+        _, fresh = await acceptor.hello()
+        assert fresh.session != begun.session
+        acceptor.answer(second, late, epoch="old")
+        assert "ended while this lane was opened" in (await second.until(FrameType.ERROR)).detail
+        assert "raw" not in series(p.near)
+
+
+async def test_a_session_leads_to_one_process(acceptor: Acceptor) -> None:
+    """Two of one name behind one address, or under one session's id: neither knows the other's transfers, so the second
+    one's lane is refused with the reason, whoever has dialled, and the first one's goes on."""
+    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+        p.near.connect("raw", [address])
+        hellos = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(*hellos[0], epoch="one")
+        await acceptor.alive(hellos[0][0])
+        acceptor.answer(*hellos[1], epoch="two")
+        error = await hellos[1][0].until(FrameType.ERROR)
+        assert error.code == "hello_refused"
+        assert "another process" in error.detail
+        await acceptor.alive(hellos[0][0])
+        dialled = await RawLane.dial(p.near.addresses[0], session="0" * 32)
+        other = await RawLane.connect(p.near.addresses[0])
+        hello = msgspec.structs.replace(hello_body("0" * 32, 1, 2), epoch="two")
+        other.writer.write(encode_control(signed(hello, SECRET)))
+        assert "another process" in (await other.until(FrameType.ERROR)).detail
+        await acceptor.alive(dialled)
+        for lane in (dialled, other):
+            await lane.aclose()
 
 
 async def test_one_refused_lane_is_not_the_sessions_refusal(acceptor: Acceptor) -> None:
