@@ -5,6 +5,7 @@ A process makes one `Metrics` in its app.py and passes it down; nothing is regis
 
 from __future__ import annotations
 
+from collections import Counter as Multiset
 from collections.abc import Iterator
 
 from prfaas.common import log
@@ -76,6 +77,29 @@ class NodeMetrics:
         )
 
 
+class SharedGauge:
+    """A gauge whose series may be several holders' at once, as two sessions to one peer: a series is there until the
+    last of those that hold it lets go. Of one thread."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self.gauge = gauge
+        self._holders: Multiset[tuple[str, ...]] = Multiset()
+
+    def hold(self, *labels: str) -> None:
+        """Once for each holder, before it sets."""
+        self._holders[labels] += 1
+
+    def set(self, value: float, *labels: str) -> None:
+        self.gauge.labels(*labels).set(value)
+
+    def let_go(self, *labels: str) -> None:
+        """Once for each `hold`."""
+        self._holders[labels] -= 1
+        if not self._holders[labels]:
+            del self._holders[labels]
+            self.gauge.remove(*labels)
+
+
 class TransportMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.sent_bytes = Counter(
@@ -99,18 +123,22 @@ class TransportMetrics:
         self.moved_chunks = Counter(
             "prfaas_transport_moved_chunks", "Chunks sent again because their lane was lost", registry=registry
         )
-        self.codec = Gauge(
-            "prfaas_transport_codec",
-            "1: chunks of this kind leave in this codec now",
-            ["peer", "kind", "codec"],
-            registry=registry,
+        self.codec = SharedGauge(
+            Gauge(
+                "prfaas_transport_codec",
+                "1: chunks of this kind leave in this codec now",
+                ["peer", "kind", "codec"],
+                registry=registry,
+            )
         )
-        self.link = Gauge(
-            "prfaas_transport_link",
-            "What a session has measured of its way to the peer: bandwidth_bytes_per_s, rtt_s, min_rtt_s, loss, "
-            "utilisation, queued_bytes",
-            ["peer", "what"],
-            registry=registry,
+        self.link = SharedGauge(
+            Gauge(
+                "prfaas_transport_link",
+                "What a session has measured of its way to the peer: bandwidth_bytes_per_s, rtt_s, min_rtt_s, loss, "
+                "utilisation, queued_bytes",
+                ["peer", "what"],
+                registry=registry,
+            )
         )
         self.lanes = Gauge("prfaas_transport_lanes", "Open lanes", registry=registry)
         self.lane_losses = Counter("prfaas_transport_lane_losses", "Lanes lost", ["reason"], registry=registry)

@@ -32,6 +32,8 @@ class CodecChoice:
         self._candidates: dict[TensorKind, tuple[str, ...]] = dict.fromkeys(TensorKind, ())
         self._names: dict[TensorKind, str] = dict.fromkeys(TensorKind, self._fixed or RAW_NAME)
         self._codecs: dict[TensorKind, Codec | None] = {}
+        self._shown: dict[TensorKind, str] = {}
+        """In the gauge; nothing of a peer that has not answered yet."""
         self._probe_until_s = 0.0
         self._next_probe_s = 0.0
         self._look_up()
@@ -49,8 +51,9 @@ class CodecChoice:
         for kind in TensorKind:
             self._candidates[kind] = allowed_codecs(kind, both, peer_codecs)
             if self._fixed is None and self._names[kind] not in self._candidates[kind]:
-                self._change(kind, RAW_NAME)  # at once: a new process of the peer may refuse what the old one took
+                self._names[kind] = RAW_NAME  # at once: a new process of the peer may refuse what the old one took
         self._look_up()
+        self._show()
 
     def choose(self, link_bytes_per_s: float, *, codec_limited: bool, now_s: float) -> None:
         """Each tick while there are transfers. codec_limited: lanes were short of chunks though KV was waiting."""
@@ -63,15 +66,9 @@ class CodecChoice:
             if not probing:
                 speeds = self._speeds.of_kind(kind)
                 chosen = choose(self._candidates[kind], link_bytes_per_s or None, speeds, self._threads, current)
-            self._change(kind, chosen)
+            self._names[kind] = chosen
         self._look_up()
-
-    def _change(self, kind: TensorKind, name: str) -> None:
-        before = self._names[kind]
-        if name != before:
-            self._names[kind] = name
-            with suppress(KeyError):  # another session to the peer has removed it
-                self._gauge.remove(self._peer, str(kind), before)
+        self._show()
 
     def _probe(self, codec_limited: bool, now_s: float) -> bool:
         if codec_limited and now_s >= self._next_probe_s:
@@ -81,14 +78,23 @@ class CodecChoice:
 
     def _look_up(self) -> None:
         self._codecs = {kind: codec_by_name(name) for kind, name in self._names.items()}
+
+    def _show(self) -> None:
         for kind, name in self._names.items():
-            self._gauge.labels(self._peer, str(kind), name).set(1)
+            before = self._shown.get(kind)
+            if name == before:
+                continue
+            self._gauge.hold(self._peer, str(kind), name)
+            self._gauge.set(1, self._peer, str(kind), name)
+            if before is not None:
+                self._gauge.let_go(self._peer, str(kind), before)
+            self._shown[kind] = name
 
     def forget(self) -> None:
-        """The session is gone: so are its series."""
-        for kind, name in self._names.items():
-            with suppress(KeyError):
-                self._gauge.remove(self._peer, str(kind), name)
+        """The session is gone, and its series, unless another to the peer has the same."""
+        for kind, name in self._shown.items():
+            self._gauge.let_go(self._peer, str(kind), name)
+        self._shown.clear()
 
 
 def _allowed(lossy: Sequence[str]) -> frozenset[tuple[TensorKind, str]]:

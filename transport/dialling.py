@@ -217,9 +217,9 @@ class Dialler:
         session, session_id = self.session, self.session.id
 
         def accept(channel: Channel, signed_answer: SignedHello) -> None:
-            answer = self._check(signed_answer, nonce, session, channel.peer_identity)
-            if session_id != session.id:
+            if session_id != session.id:  # what it says is of the old session
                 raise ProtocolError("the session ended while this lane was opened")
+            answer = self._check(signed_answer, nonce, session, channel.peer_identity)
             session.add_channel(channel, index)
             self._routes.answered(index, answer.features)
 

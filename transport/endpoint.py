@@ -525,6 +525,8 @@ class KvEndpoint:
 
     def _check_answer(self, body: SignedHello, nonce: str, session: Session, identity: PeerIdentity | None) -> Hello:
         answer = self._check(body, identity, expect_answer_to=nonce, expect_node=session.peer)
+        if session.established:
+            self._check_same_process(session, answer)
         session.codecs.agreed(answer.codecs, answer.lossy)
         session.peer_epoch = answer.epoch
         return answer
@@ -555,6 +557,14 @@ class KvEndpoint:
             raise PeerRefusedError(refusal)
         return hello
 
+    def _check_same_process(self, session: Session, hello: Hello) -> None:
+        """Each process knows the transfers of its own lanes only."""
+        if hello.epoch != session.peer_epoch:
+            raise PeerRefusedError(
+                f"this lane leads to another process than the session's other lanes; is there more than one "
+                f"{hello.node}, perhaps behind one address?"
+            )
+
     def _accept(self) -> LaneHandler:
         if len(self._greeting) >= MAX_GREETING_LANES:
             next(iter(self._greeting)).give_up("too many lanes have not said HELLO yet")
@@ -573,6 +583,8 @@ class KvEndpoint:
             session.peer_epoch = hello.epoch
             self._accepted[hello.node, hello.session] = session
             self._routes.accepted(hello.node, hello.features)
+        else:
+            self._check_same_process(session, hello)
         answer = self._hello(hello.session, hello.lane, hello.lanes, answer=True)
         channel = greeter.channel
         channel.peer = hello.node
@@ -659,8 +671,10 @@ class FirstLink(AcceptedLink):
         dialled = asyncio.create_task(self._dialler.usable())
         try:
             await asyncio.wait((accepted, dialled), return_when=asyncio.FIRST_COMPLETED)
-            # Where our dialling is refused the node's may come yet.
-            return dialled.result() if dialled.done() and dialled.exception() is None else await accepted
+            # Where our dialling is refused, or finds another process of the name, the node's may come yet.
+            if dialled.done() and dialled.exception() is None and leads_to(self._epoch, dialled.result()):
+                return dialled.result()
+            return await accepted
         finally:
             accepted.cancel()
             dialled.cancel()

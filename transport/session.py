@@ -18,7 +18,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from typing import NamedTuple
@@ -140,6 +139,7 @@ class Session:
         self.fetching = Fetching(peer, config.max_transfers, partial(serve_fetch, self), self.send)
         self._link = LinkEstimator()
         self._link_gauge = metrics.link
+        self._link_shown = False
         self._measure_timer: asyncio.TimerHandle | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
@@ -264,9 +264,10 @@ class Session:
         self._link = LinkEstimator()
         self.established = False
         self.peer_epoch = ""
-        for what in LINK_FIGURES:
-            with suppress(KeyError):  # never measured
-                self._link_gauge.remove(self.peer, what)
+        if self._link_shown:
+            self._link_shown = False
+            for what in LINK_FIGURES:
+                self._link_gauge.let_go(self.peer, what)
         self._on_ended(self)
 
     def close(self, reason: str) -> None:
@@ -405,8 +406,14 @@ class Session:
         for sender in self._senders.values():
             sender.look_at_slack(estimate.bandwidth_bytes_per_s)
         self._close_retired()
+        self._show(estimate)
+
+    def _show(self, estimate: LinkEstimate) -> None:
         for what in LINK_FIGURES:
-            self._link_gauge.labels(self.peer, what).set(getattr(estimate, what))
+            if not self._link_shown:
+                self._link_gauge.hold(self.peer, what)
+            self._link_gauge.set(getattr(estimate, what), self.peer, what)
+        self._link_shown = True
 
     def add_receiver(self, number: int, receiver: TransferReceiver) -> None:
         self._receivers[number] = receiver

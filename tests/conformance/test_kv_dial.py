@@ -183,6 +183,24 @@ async def test_a_ticket_goes_to_the_process_that_issued_it_though_another_has_it
             await new.aclose()
 
 
+async def test_a_dialled_session_to_another_process_of_the_name_is_no_way(backend: MakeBackend) -> None:
+    """The sender was told the old process's address, and its session there comes up before the one that the ticket's
+    process dials: OPEN waits for that one."""
+    async with behind_nat(backend) as p, contextlib.aclosing(p.endpoint("near")) as old:
+        await old.start()
+        p.far.connect("near", old.addresses)
+        transfer = p.offer(spec_of(p.layout), sender=p.far)
+        opening = asyncio.create_task(transfer.sender.open())
+        [dialler] = p.far._dialled.values()
+        async with asyncio.timeout(SOON_S):
+            await dialler.usable()
+            await asyncio.sleep(0)  # who waits for it wakes
+            p.near.connect("far", p.far.addresses)
+            await opening
+        transfer.put_all()
+        await transfer.complete()
+
+
 @asynccontextmanager
 async def blackhole() -> AsyncIterator[tuple[str, int]]:
     """An address that answers no SYN: its queue of connections that nobody accepts is full."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import structlog
 from prfaas.common.errors import LaneLostError, PeerRefusedError, TransferCancelledError
@@ -47,16 +49,42 @@ async def test_the_session_that_has_carried_something_tells_of_the_link(backend:
         assert p.near.link_estimates()["far"].bandwidth_bytes_per_s > 0
         assert p.near.clock("far") is not None
 
-        def series() -> list[object]:
-            gauges = (p.near.metrics.link, p.near.metrics.codec)
-            return [sample for gauge in gauges for metric in gauge.collect() for sample in metric.samples]
-
-        assert series()
+        assert series(p.near) == {"far"}
         for dialler in list(p.near._dialled.values()):
             p.near._hang_up(dialler)
         await p.far.aclose()
         await asyncio.gather(*p.near._background)
-        assert series() == []
+        assert series(p.near) == set()
+
+
+def series(endpoint: KvEndpoint) -> set[str]:
+    """The peers that the metrics tell something of."""
+    gauges = (endpoint.metrics.link.gauge, endpoint.metrics.codec.gauge)
+    return {sample.labels["peer"] for gauge in gauges for metric in gauge.collect() for sample in metric.samples}
+
+
+async def test_one_of_two_sessions_that_ends_takes_nothing_of_the_other_with_it(backend: MakeBackend) -> None:
+    """Each side has dialled the other, as both do when heartbeats name them, and one needs its session no longer."""
+    async with pair(backend, dense(), codec="zstd", idle_s=60.0) as p:
+        await p.send()
+        p.far.connect("near", p.near.addresses)
+        [dialler] = p.far._dialled.values()
+        async with asyncio.timeout(SOON_S):
+            await dialler.usable()
+        ends = dialler.session.channels()
+        p.far._hang_up(dialler)
+        await asyncio.gather(*(channel.closed for channel in ends), *p.far._background)
+        codecs = p.far.metrics.codec.gauge.collect()
+        assert {sample.labels["codec"] for metric in codecs for sample in metric.samples} == {"zstd"}
+        await p.send(seed=1)
+
+
+async def test_of_a_peer_that_never_answered_nothing_is_told(backend: MakeBackend) -> None:
+    """Heartbeats name many that have gone already."""
+    async with pair(backend, dense(), idle_s=60.0) as p:
+        p.near.connect("ghost", [KvAddress("127.0.0.1", 9)])
+        await p.send()
+        assert series(p.near) == {"far"}
 
 
 # -- where a node is --------------------------------------------------------------------------------------------------
@@ -225,6 +253,35 @@ async def test_a_node_that_leaves_says_so_after_the_chunk_that_has_begun(
         await transfer.receiver.aclose()
 
 
+async def test_a_node_that_leaves_while_much_comes_to_it_says_so(
+    faulty: MakeBackend, faults: list[FaultyBackend]
+) -> None:
+    """A connection that is closed with bytes unread is reset, and a peer in the middle of writing sees that before it
+    reads why: it would wait `resume_s` for a node that is gone."""
+    async with pair(faulty, dense(2), lanes=2, chunk_bytes=1 << 20, credit_bytes=32 << 20, resume_s=60.0) as p:
+        spec = functools.partial(spec_of, p.layout, (0, 65536))
+        transfers = [p.offer(spec()), p.offer(spec(), sender=p.far)]
+        for transfer in transfers:
+            await transfer.sender.open()
+        leaving: list[asyncio.Task[None]] = []
+        chunks = itertools.count(1)
+
+        def leave(_header: FrameHeader) -> None:
+            if next(chunks) == 8:
+                leaving.append(asyncio.create_task(p.near.aclose()))
+
+        faults[0].on_chunk = leave
+        for transfer in transfers:
+            transfer.sender.put(transfer.pieces(0))
+        with pytest.raises(LaneLostError, match="lanes to near were lost: the node is shutting down"):
+            async with asyncio.timeout(SOON_S):
+                await transfers[0].receiver.finished()
+        await leaving[0]
+        for transfer in transfers:
+            await transfer.sender.aclose()
+            await transfer.receiver.aclose()
+
+
 async def test_a_lane_too_many_is_closed_when_what_it_took_has_arrived(
     faulty: MakeBackend, faults: list[FaultyBackend]
 ) -> None:
@@ -277,8 +334,9 @@ class Acceptor:
             lane = await self._lanes.get()
         return lane, await lane.until(FrameType.HELLO)
 
-    def answer(self, lane: RawLane, hello: Hello) -> None:
+    def answer(self, lane: RawLane, hello: Hello, *, epoch: str = "") -> None:
         body = hello_body(hello.session, hello.lane, hello.lanes, answer=True)
+        body = msgspec.structs.replace(body, epoch=epoch)
         lane.writer.write(encode_control(signed(body, SECRET, hello.nonce)))
 
     async def alive(self, lane: RawLane) -> None:
@@ -315,6 +373,45 @@ async def test_an_old_session_that_is_unknown_does_not_end_the_new_one(acceptor:
         _, joining = await acceptor.hello()
         assert (joining.session, joining.resume) == (beginning.session, True)
         await acceptor.alive(fresh)
+
+
+async def test_a_late_answer_says_nothing_of_the_peer(acceptor: Acceptor) -> None:
+    """The session ended meanwhile: neither what that process decodes nor who it was holds for the next one."""
+    async with pair(TcpBackend, dense(), lanes=2, resume_s=0.0) as p, acceptor.listening() as address:
+        p.near.connect("raw", [address])
+        (first, begun), (second, late) = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(first, begun, epoch="old")
+        await acceptor.alive(first)
+        assert "raw" in series(p.near)
+        await first.aclose()
+        _, fresh = await acceptor.hello()
+        assert fresh.session != begun.session
+        acceptor.answer(second, late, epoch="old")
+        assert "ended while this lane was opened" in (await second.until(FrameType.ERROR)).detail
+        assert "raw" not in series(p.near)
+
+
+async def test_a_session_leads_to_one_process(acceptor: Acceptor) -> None:
+    """Two of one name behind one address, or under one session's id: neither knows the other's transfers, so the second
+    one's lane is refused with the reason, whoever has dialled, and the first one's goes on."""
+    async with pair(TcpBackend, dense(), lanes=2) as p, acceptor.listening() as address:
+        p.near.connect("raw", [address])
+        hellos = [await acceptor.hello() for _ in range(2)]
+        acceptor.answer(*hellos[0], epoch="one")
+        await acceptor.alive(hellos[0][0])
+        acceptor.answer(*hellos[1], epoch="two")
+        error = await hellos[1][0].until(FrameType.ERROR)
+        assert error.code == "hello_refused"
+        assert "another process" in error.detail
+        await acceptor.alive(hellos[0][0])
+        dialled = await RawLane.dial(p.near.addresses[0], session="0" * 32)
+        other = await RawLane.connect(p.near.addresses[0])
+        hello = msgspec.structs.replace(hello_body("0" * 32, 1, 2), epoch="two")
+        other.writer.write(encode_control(signed(hello, SECRET)))
+        assert "another process" in (await other.until(FrameType.ERROR)).detail
+        await acceptor.alive(dialled)
+        for lane in (dialled, other):
+            await lane.aclose()
 
 
 async def test_one_refused_lane_is_not_the_sessions_refusal(acceptor: Acceptor) -> None:

@@ -88,7 +88,8 @@ class Lane(Protocol):
         ...
 
     def close(self) -> None:
-        """Send what was written, then close. Idempotent; `lost` follows."""
+        """Send what was written, then close; what comes meanwhile still goes to the handler. Idempotent; `lost` follows
+        when the other side has closed too, so have `abort` follow in time."""
         ...
 
     def abort(self) -> None:

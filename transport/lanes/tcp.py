@@ -123,6 +123,7 @@ class TcpLane(asyncio.BufferedProtocol):
         self._socket: socket.socket | None = None
         self._watch = LossWatch() if tuning.watches else None
         self._lost = False
+        self._closing = False
 
     # -- asyncio.BufferedProtocol
 
@@ -159,10 +160,10 @@ class TcpLane(asyncio.BufferedProtocol):
 
     @property
     def closing(self) -> bool:
-        return self._transport is None or self._transport.is_closing()
+        return self._closing or self._transport is None or self._transport.is_closing()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self.closing:
             self._transport.writelines(buffers)
 
     @property
@@ -182,8 +183,11 @@ class TcpLane(asyncio.BufferedProtocol):
             log.info("kv lane loses packets for other reasons than full queues: bbr", rtt_s=round(sample.rtt_s, 4))
 
     def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
+        # Not the transport's: with bytes that came and were not read the kernel resets the connection, and the other
+        # side, in the middle of writing, never reads what we wrote last.
+        if self._transport is not None and not self.closing:
+            self._closing = True
+            self._transport.write_eof()
 
     def abort(self) -> None:
         if self._transport is not None:

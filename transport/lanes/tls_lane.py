@@ -72,7 +72,6 @@ class TlsLane(TcpLane):
         super().__init__(handler, tuning)
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
-        self._closing = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.peer_identity = peer_identity(transport.get_extra_info("peercert")) or NOBODY
@@ -96,13 +95,9 @@ class TlsLane(TcpLane):
         problem = tls_problem(exc)
         super().connection_lost(PeerRefusedError(problem) if problem is not None else exc)
 
-    @property
-    def closing(self) -> bool:
-        return self._closing or super().closing
-
     def write(self, buffers: Sequence[Buffer]) -> None:
         transport = self._transport
-        if transport is None or self._closing or transport.is_closing():
+        if transport is None or self.closing:
             return
         for buffer in buffers:
             view = memoryview(buffer).cast("B")
@@ -134,9 +129,9 @@ class TlsLane(TcpLane):
         return self._backlog_bytes + super().unsent_bytes
 
     def close(self) -> None:
-        self._closing = True
-        if not self._backlog:
-            super().close()
+        self._closing = True  # TLS has a word of its own for the end, and reads on until it has the other side's
+        if not self._backlog and self._transport is not None:
+            self._transport.close()
 
     def abort(self) -> None:
         self._drop()
