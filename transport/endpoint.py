@@ -339,6 +339,8 @@ class KvEndpoint:
             except Exception:
                 log.exception("the engine's on_fetch raised", peer=session.peer, request_id=spec.request_id)
                 problem = "its engine failed; its log says more"
+            if problem is not None:  # whoever still has it: it can't be opened, and waits for nothing
+                sender.fail(TransferCancelledError("FETCH was refused"))
         if problem is not None:
             self.metrics.refusals.labels("fetch").inc()
         return Fetched(refused="" if problem is None else problem[:MAX_REASON_CHARS])
