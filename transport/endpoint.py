@@ -701,12 +701,14 @@ class Greeter:
         if not isinstance(event, Control) or not isinstance(event.body, SignedHello):
             channel.abort("closed before HELLO")
             return
-        self._over()
+        self._timer.cancel()
         try:
             self._endpoint.greeted(self, event.body)
         except PeerRefusedError as error:
             self._endpoint.metrics.refusals.labels("hello").inc()
             channel.fail(error, "hello_refused")
+        if channel.owner is not self:  # else it counts until it is closed
+            self._over()
 
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         raise ProtocolError("CHUNK before HELLO")
