@@ -237,12 +237,12 @@ class Channel:
             budget -= self._write(lane, buffers[:-1], self._writing[-1].payload)
 
     def _write(self, lane: Lane, buffers: list[Buffer], last: memoryview) -> int:
-        """`buffers`, and as much of `last` as goes into one write."""
+        """`buffers`, and as much of `last` as goes into one write; how many bytes those are."""
         piece = last if len(last) <= MAX_WRITE_BYTES else last[:MAX_WRITE_BYTES]
         self._rest = last[len(piece) :]
         buffers.append(piece)
         lane.write(buffers)
-        return len(piece)
+        return sum(map(len, buffers))
 
     def _say_farewell(self, lane: Lane) -> None:
         farewell, self._farewell = self._farewell, None

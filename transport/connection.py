@@ -30,6 +30,8 @@ from prfaas.transport.frames import (
 
 SINK_BYTES = 256 << 10
 """Drained bytes are read in pieces of this size; nobody looks at them."""
+_SINK = memoryview(bytearray(SINK_BYTES))
+"""One for all lanes, strangers' too."""
 
 
 class LaneState(enum.Enum):
@@ -108,7 +110,6 @@ class LaneConnection:
         self._destination = destination
         self._header_buffer = memoryview(bytearray(HEADER_BYTES))
         self._body_buffer: memoryview | None = None
-        self._sink: memoryview | None = None
         self._header: FrameHeader | None = None
         self._hasher: xxhash.xxh3_64 | None = None
         self._target: memoryview | None = self._header_buffer
@@ -133,9 +134,7 @@ class LaneConnection:
         """Where the next bytes must be written; never empty."""
         target = self._target
         if target is None:
-            if self._sink is None:
-                self._sink = memoryview(bytearray(SINK_BYTES))
-            return self._sink[: self._wanted - self._filled]
+            return _SINK[: self._wanted - self._filled]
         return target[self._filled :] if self._filled else target
 
     def advance(self, received_bytes: int) -> Sequence[Event]:
@@ -180,11 +179,10 @@ class LaneConnection:
         return True
 
     def close(self) -> None:
-        # What still comes is thrown away: in large pieces, unless we know nobody there who would send so much.
-        drains = self.state is LaneState.OPEN
+        """What still comes goes to the sink."""
         self.state = LaneState.CLOSED
         self._header = self._hasher = None
-        self._expect(None if drains else self._header_buffer, SINK_BYTES if drains else HEADER_BYTES)
+        self._expect(None, SINK_BYTES)
 
     def _expect(self, target: memoryview | None, wanted: int) -> None:
         self._target, self._wanted, self._filled = target, wanted, 0

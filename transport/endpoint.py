@@ -339,6 +339,8 @@ class KvEndpoint:
             except Exception:
                 log.exception("the engine's on_fetch raised", peer=session.peer, request_id=spec.request_id)
                 problem = "its engine failed; its log says more"
+            if problem is not None:  # whoever still has it: it can't be opened, and waits for nothing
+                sender.fail(TransferCancelledError("FETCH was refused"))
         if problem is not None:
             self.metrics.refusals.labels("fetch").inc()
         return Fetched(refused="" if problem is None else problem[:MAX_REASON_CHARS])
@@ -699,12 +701,14 @@ class Greeter:
         if not isinstance(event, Control) or not isinstance(event.body, SignedHello):
             channel.abort("closed before HELLO")
             return
-        self._over()
+        self._timer.cancel()
         try:
             self._endpoint.greeted(self, event.body)
         except PeerRefusedError as error:
             self._endpoint.metrics.refusals.labels("hello").inc()
             channel.fail(error, "hello_refused")
+        if channel.owner is not self:  # else it counts until it is closed
+            self._over()
 
     def destination(self, channel: Channel, chunk: FrameHeader) -> memoryview | None:
         raise ProtocolError("CHUNK before HELLO")

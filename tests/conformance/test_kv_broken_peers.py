@@ -111,6 +111,21 @@ async def test_half_a_header_and_silence_holds_nothing() -> None:
         assert closed_with(logs, "no HELLO in time"), logs
 
 
+async def test_strangers_that_were_refused_are_few_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told why and have time to read it, in which they may send on; more of them close the oldest at once."""
+    monkeypatch.setattr(endpoint, "MAX_GREETING_LANES", 2)
+    async with pair(TcpBackend, dense()) as p, contextlib.AsyncExitStack() as stack:
+        await p.send()
+        for _ in range(4):
+            raw = await RawLane.connect(p.far.addresses[0])
+            stack.push_async_callback(raw.aclose)
+            raw.writer.write(encode_control(signed(hello_body("0" * 32), b"another secret")))
+            assert (await raw.until(FrameType.ERROR)).code == "hello_refused"
+            raw.writer.write(bytes(1 << 20))
+            assert 1 <= len(p.far._greeting) <= 2
+        await p.send(seed=1)
+
+
 async def test_strangers_that_say_nothing_are_few_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the bound each new one costs the oldest its socket; a node that says HELLO gets in beside them."""
     monkeypatch.setattr(endpoint, "MAX_GREETING_LANES", 2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -199,6 +201,21 @@ async def test_a_dialled_session_to_another_process_of_the_name_is_no_way(backen
             await opening
         transfer.put_all()
         await transfer.complete()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+async def test_names_that_do_not_resolve_keep_no_address_waiting(backend: MakeBackend) -> None:
+    """The loop's threads all wait for a resolver that doesn't answer; an address needs none."""
+    answers = threading.Event()
+    async with pair(backend, dense()) as p:
+        threads = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(threads)
+        threads.submit(answers.wait)
+        try:
+            async with asyncio.timeout(SOON_S):
+                await p.send()
+        finally:
+            answers.set()
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from prfaas.common.errors import LaneLostError, PeerRefusedError
+from prfaas.common.errors import LaneLostError, PeerRefusedError, TransferCancelledError
 from prfaas.transport.api import KvAddress, KvSender
 from prfaas.transport.fetching import FetchRequest
 
@@ -113,6 +113,29 @@ async def test_what_waits_for_its_turn_is_bounded(backend: MakeBackend) -> None:
         await p.near.fetch(transfers[3].ticket, PREFIX, "far", p.far.addresses)
         for sender in agreed:
             await sender.aclose()
+        for transfer in transfers:
+            await transfer.receiver.aclose()
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_the_sender_of_a_fetch_that_was_refused_is_dead(backend: MakeBackend, raises: bool) -> None:
+    """Though the holder keeps it: it can't be opened after FETCHED has said no, and counts for nothing."""
+    async with pair(backend, dense(), max_transfers=2) as p:
+        refused: list[KvSender] = []
+
+        def serve(_request: FetchRequest, sender: KvSender) -> str:
+            refused.append(sender)
+            if raises:
+                raise ValueError("a bug")
+            return "not here"
+
+        p.far.on_fetch(serve)
+        transfers = [wanted(p) for _ in range(4)]
+        for transfer in transfers:
+            with pytest.raises(PeerRefusedError, match=r"not here|its engine failed"):
+                await p.near.fetch(transfer.ticket, PREFIX, "far", p.far.addresses)
+        with pytest.raises(TransferCancelledError, match="FETCH was refused"):
+            await refused[0].open()
         for transfer in transfers:
             await transfer.receiver.aclose()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import aiohappyeyeballs
@@ -19,6 +19,8 @@ is, would use up all the time there is for a lane."""
 async def way_to(host: str, port: int) -> dict[str, Any]:
     """For `create_connection`: a connected `sock` where there was a choice, else `host` and `port`. uvloop has no happy
     eyeballs of its own. Raises OSError."""
+    if _is_address(host):  # threads that wait for a resolver must not keep it waiting too
+        return {"host": host, "port": port}
     addresses = await resolve(host, port)
     if len(addresses) == 1:
         # uvloop's `sock_connect` loses the interface of a link-local address, its `create_connection` does not.
@@ -32,5 +34,12 @@ async def way_to(host: str, port: int) -> dict[str, Any]:
 
 async def resolve(host: str, port: int) -> Sequence[AddrInfoType]:
     """Raises OSError."""
-    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    return await asyncio.get_running_loop().run_in_executor(None, ask)
+    return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
