@@ -26,8 +26,9 @@ help:
 demo: $(STAMP)
 	@$(BIN)/prfaas demo $(ARGS)
 
+# A file's tests stay in one process and in their order.
 test: model
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

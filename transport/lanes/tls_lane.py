@@ -15,7 +15,7 @@ from prfaas.transport.lanes.tcp import TcpLane, Tuning
 from prfaas.transport.lanes.tls_listener import CLOSE_NOTIFY_S, HANDSHAKE_S, TlsListener
 from prfaas.transport.tls import Tls, peer_identity, tls_problem
 
-WRITE_BYTES = 256 << 10
+WRITE_BYTES = 128 << 10
 """Encrypted and handed over at once: the ciphertext is still in the processor's cache when the kernel copies it. It is
 also what the loop may hold unseen below the TLS layer, beyond `unsent_bytes`."""
 
