@@ -73,6 +73,21 @@ def test_what_happens_is_said_by_flags(capsys):
     assert made[1]["ttft_s"]["mean"] > made[0]["ttft_s"]["mean"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        (["--num-prompts", "20", "--request-rate", "2", "--lose-nodes", "0:pd:1"], "refused"),
+        (["--isl", "paper", "--request-rate", "3", "--num-prompts", "200", "--link-change", "20:0"], "failed"),
+    ],
+)
+def test_a_run_ends_though_some_are_stuck(capsys, flags, status):
+    """All home nodes dead, or the link: who is stuck is refused or has failed, and the report says how many."""
+    assert main(["simulate", *flags, "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["runs"][0]
+    assert run[status] > 0
+    assert run["ok"] + run["refused"] + run["failed"] == run["requests"]
+
+
 def test_the_same_report_as_a_live_run(capsys, tmp_path):
     """Tables, every request as JSONL, figures as CSV, and a page; `report` reads what was saved."""
     saved, page = tmp_path / "r.jsonl", tmp_path / "r.html"
