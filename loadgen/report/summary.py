@@ -73,7 +73,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def summarise(records: Records, objective: Objective, name: str = "run") -> Summary:
-    """`records` in any order, at least one."""
+    """`records` in any order; of none there are no shares."""
     ok = records.ok
     length_s = duration_s(records)
     prompt_tokens, output_tokens = int(records.prompt_tokens[ok].sum()), int(records.output_tokens[ok].sum())
