@@ -34,9 +34,9 @@ def objective_from(args: argparse.Namespace) -> Objective:
     return parse_objective(args.goodput)
 
 
-def check_writable(args: argparse.Namespace) -> None:
+def check_writable(args: argparse.Namespace, names: Sequence[str] = ("jsonl", "csv", "html")) -> None:
     """Before a long run, not after it. Raises UsageError."""
-    for name in ("jsonl", "csv", "html"):
+    for name in names:
         if (path := getattr(args, name, None)) is not None:
             try:
                 with open(path, "ab"):  # noqa: PTH123

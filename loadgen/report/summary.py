@@ -73,7 +73,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def summarise(records: Records, objective: Objective, name: str = "run") -> Summary:
-    """`records` in any order, at least one."""
+    """`records` in any order; of none there are no shares."""
     ok = records.ok
     length_s = duration_s(records)
     prompt_tokens, output_tokens = int(records.prompt_tokens[ok].sum()), int(records.output_tokens[ok].sum())
@@ -92,7 +92,7 @@ def summarise(records: Records, objective: Objective, name: str = "run") -> Summ
         output_tokens=output_tokens,
         objective=str(objective),
         goodput_per_s=None if good is None else _rate(good, length_s),
-        share_good=None if good is None else good / len(records),
+        share_good=None if good is None or not len(records) else good / len(records),
         max_in_flight=max_in_flight(records),
         ttft_s=spread(ttft_s(records)[ok]),
         second_token_s=spread(second_token_s(records)[ok]),

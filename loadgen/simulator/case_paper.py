@@ -161,4 +161,5 @@ def _row(title: str, cells: list[str]) -> str:
 def _cell(value: dict[str, float]) -> str:
     half = (value["ci95_high"] - value["ci95_low"]) / 2
     digits = 4 if abs(value["mean"]) < 0.1 else 3
-    return f"{value['mean']:.{digits}f} ± {half:.{digits}f}"
+    # Adding 0 makes of what rounds to −0 a plain one.
+    return f"{round(value['mean'], digits) + 0.0:.{digits}f} ± {half:.{digits}f}"

@@ -12,7 +12,7 @@ from prfaas.common.errors import ConfigError
 from prfaas.common.scheduling.types import PrefixMatches
 
 MAX_REQUESTS = 100_000_000
-DONE, REFUSED = 5, 6
+DONE, REFUSED, FAILED = 5, 6, 8
 """Of `Outcome.status`."""
 
 
@@ -66,7 +66,7 @@ class Outcome:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     status: NDArray[np.int8]
-    """DONE or REFUSED."""
+    """DONE, REFUSED, or FAILED: its KV is on a link that doesn't carry any more."""
     prefill_node: NDArray[np.int32]
     """−1: none, or the decode node itself."""
     decode_node: NDArray[np.int32]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ OBJECTIVE = Objective(ttft_s=10.0, tpot_s=0.0275, ttft_prefills=2.0)
 """Of goodput, where --goodput names no other: what the policies admit by."""
 MAX_SEEDS = 1000
 MAX_REQUESTS = 1_000_000
+MIN_REQUESTS = 10
+"""Of --case, a seed: its saturated throughput is taken between two shares of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) -> None:
@@ -52,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--results does --case paper as well; leave one of the two out")
     if args.traces and not args.results:
         raise UsageError("--traces is for --results; a trace alone is --dataset")
-    seeds = _whole("--seeds", args.seeds, MAX_SEEDS, case_paper.DEFAULT_SEEDS)
-    requests = _whole("--requests", args.requests, MAX_REQUESTS, case_paper.DEFAULT_REQUESTS)
-    if args.case or args.results:
-        _no_files(args)
+    seeds = _whole("--seeds", args.seeds, 1, MAX_SEEDS, case_paper.DEFAULT_SEEDS)
+    requests = _whole("--requests", args.requests, MIN_REQUESTS, MAX_REQUESTS, case_paper.DEFAULT_REQUESTS)
     if args.case:
+        _only(args, {"case", "seeds", "requests", "json"}, "--case paper")
         made = _with_progress(seeds, requests)
         _print(args.json, made, case_paper.as_text(made))
     elif args.results:
+        _only(args, {"results", "traces", "seeds", "requests", "json"}, "--results")
         _write_results(Path(args.results), None if args.traces is None else Path(args.traces), seeds, requests, args)
     else:
         if args.seeds or args.requests:
@@ -84,10 +87,15 @@ def _simulate(args: argparse.Namespace) -> None:
     put_out(args, [Run(name, rows)], objective, "A simulation", notes=[deployment.as_text()], deployment=about)
 
 
-def _no_files(args: argparse.Namespace) -> None:
-    for flag in ("goodput", "jsonl", "csv", "html"):
-        if getattr(args, flag):
-            raise UsageError(f"--{flag} is of one simulated workload; --case and --results have their own output")
+def _only(args: argparse.Namespace, allowed: set[str], what: str) -> None:
+    """Raises UsageError for flags that would say nothing."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, show_all=True)
+    defaults = vars(parser.parse_args([]))
+    wrong = [name for name, default in defaults.items() if name not in allowed and getattr(args, name) != default]
+    if wrong:
+        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        raise UsageError(f"{what} has its own workload, deployment and output; leave out {flags}")
 
 
 def _with_progress(seeds: int, requests: int) -> dict[str, Any]:
@@ -100,8 +108,9 @@ def _with_progress(seeds: int, requests: int) -> dict[str, Any]:
 
 def _write_results(path: Path, traces: Path | None, seeds: int, requests: int, args: argparse.Namespace) -> None:
     found = find(traces) if traces is not None else None
-    # A broken trace shows before anything takes time.
+    # A broken trace, or a page that can't be written, shows before anything takes time.
     wanted = results.all_scenarios(traces)
+    check_writable(args, ("results",))
     paper = _with_progress(seeds, requests)
     made = list(results.summaries(wanted, _progress))
     page = results.document(made, paper, traces_given=found is not None)
@@ -113,7 +122,16 @@ def _write_results(path: Path, traces: Path | None, seeds: int, requests: int, a
 
 
 def _print(as_json: bool, made: dict[str, Any], words: str) -> None:
-    sys.stdout.write((json.dumps(made) if as_json else words) + "\n")
+    sys.stdout.write((json.dumps(_known(made), allow_nan=False) if as_json else words) + "\n")
+
+
+def _known(value: Any) -> Any:
+    """null for numbers that aren't known or have no bound: JSON has no others."""
+    if isinstance(value, dict):
+        return {key: _known(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress(words: str) -> None:
@@ -122,9 +140,9 @@ def _progress(words: str) -> None:
         sys.stderr.flush()
 
 
-def _whole(flag: str, given: str | None, most: int, default: int) -> int:
+def _whole(flag: str, given: str | None, least: int, most: int, default: int) -> int:
     if given is None:
         return default
-    if not (given.isascii() and given.isdigit()) or not 1 <= int(given) <= most:
-        raise UsageError(f"{flag} {given} must be a whole number from 1 to {most:,}")
+    if not (given.isascii() and given.isdigit()) or not least <= int(given) <= most:
+        raise UsageError(f"{flag} {given} must be a whole number from {least} to {most:,}")
     return int(given)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from prfaas.loadgen.records import OK, REFUSED, Records, Words
+from prfaas.loadgen.records import FAILED, OK, REFUSED, Records, Words
+from prfaas.loadgen.simulator import columns
 from prfaas.loadgen.simulator.columns import DONE, Outcome
 
 
 def records(outcome: Outcome, node_names: Sequence[str] = (), region_names: Sequence[str] = ()) -> Records:
     """Every request's instants, parts of TTFT, places and bytes. node_names, region_names: of the snapshot's rows."""
-    served = outcome.status == DONE
+    served, failed = outcome.status == DONE, outcome.status == columns.FAILED
     waits = outcome.prefill_start_s - outcome.arrival_s
     wire = np.where(served, outcome.wire_bytes, -1).astype(np.int64)
     names = tuple(node_names)
@@ -28,7 +29,7 @@ def records(outcome: Outcome, node_names: Sequence[str] = (), region_names: Sequ
         index=outcome.index,
         prompt_tokens=outcome.prompt_tokens,
         output_tokens=np.where(served, outcome.output_tokens, 0),
-        status=Words(np.where(served, 0, 1).astype(np.int32), (OK, REFUSED)),
+        status=Words(np.where(served, 0, np.where(failed, 2, 1)).astype(np.int32), (OK, REFUSED, FAILED)),
         reason=Words(outcome.reason, tuple(outcome.reasons)),
         fallbacks=Words((outcome.retries > 0).astype(np.int32), ("", "node_lost")),
         first_token_s=np.where(served, outcome.first_token_s, np.nan),

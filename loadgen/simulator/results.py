@@ -123,25 +123,34 @@ def _how(traces_given: bool) -> str:
         " threshold found afterwards for each run; (c) the best that a search finds that knows when the event begins"
         " and ends (`loadgen/simulator/compare.py`), on the same requests. (c) is found, not proven: a bound over all"
         " policies would refuse the longest prompts first, since goodput counts requests, and nobody here may choose"
-        f" whom to refuse.{trace}\n"
+        f" whom to refuse.{trace}\n\n"
+        f"The conversation trace runs at {' and '.join(map(str, TRACE_LOADS))} of the Λ_max of a plan that is made from"
+        f" the trace itself; its window is the replay without its first {trace_scenario.WARM_SHARE * 100:.0f} %, in"
+        " which caches fill. Nothing happens in it, so that (c) has one threshold for the whole run.\n"
     )
 
 
 def _table(made: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| event | requests/s offered | ours | (a) planned | (b) best static | (c) clairvoyant | ours / (b) |"
-        " ours / (c) | gain over (a) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| event | load, requests/s | seeds | offered | ours | (a) planned | (b) best static | (c) clairvoyant |"
+        " ours / (b) | ours / (c) | gain over (a) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for each in made:
         sides, gain = each["sides"], each["gain_over_planned"]
         half = (gain["ci95_high"] - gain["ci95_low"]) / 2
         goodputs = " | ".join(f"{sides[side]['goodput']:.3f}" for side in SIDES[:4])
         lines.append(
-            f"| {each['title']} | {sides['adaptive']['offered']:.3f} | {goodputs} | {each['over_static']:.3f} |"
-            f" {each['over_clairvoyant']:.3f} | {gain['mean'] * 100:+.1f} ± {half * 100:.1f} % |"
+            f"| {each['title']} | {each['rate_per_s']:.2f} | {each['seeds']} | {sides['adaptive']['offered']:.3f} |"
+            f" {goodputs} | {each['over_static']:.3f} |"
+            f" {each['over_clairvoyant']:.3f} | {_signed(gain['mean'])} ± {half * 100:.1f} % |"
         )
     return "\n".join(lines)
+
+
+def _signed(share: float) -> str:
+    """In percent; what rounds to nothing is +0.0."""
+    return f"{round(share * 100, 1) + 0.0:+.1f}"
 
 
 def _latencies(made: Sequence[dict[str, Any]]) -> str:
@@ -171,7 +180,7 @@ def _blind(made: Sequence[dict[str, Any]]) -> list[str]:
             ours, blind = each["sides"]["adaptive"], each["sides"]["cache_blind"]
             lines.append(
                 f"- {each['title']}, {each['rate_per_s']:.2f} requests/s: over cache-blind routing"
-                f" {each['gain_over_cache_blind'] * 100:+.1f} % goodput ({ours['goodput']:.3f} against"
+                f" {_signed(each['gain_over_cache_blind'])} % goodput ({ours['goodput']:.3f} against"
                 f" {blind['goodput']:.3f} requests/s), mean TTFT {ours['ttft_mean_s']:.2f} against"
                 f" {blind['ttft_mean_s']:.2f} s."
             )

@@ -37,15 +37,20 @@ from prfaas.loadgen.simulator.cluster import (
     RoleChange,
     check_changes,
 )
-from prfaas.loadgen.simulator.columns import DONE, REFUSED, Load, Outcome, PrefixCaches, Source
+from prfaas.loadgen.simulator.columns import DONE, FAILED, REFUSED, Load, Outcome, PrefixCaches, Source
 from prfaas.loadgen.simulator.decode import DecodeNode
 from prfaas.loadgen.simulator.link import SharedLink
 
 _START, _PREFILLED, _LINK, _KV_READY, _DECODE, _TICK, _CHANGE, _SWITCHED, _ARRIVE, _LEARNED = range(10)
 _NEW, _PREFILL, _TRANSFER, _WAITING, _DECODING = range(5)
 _PARKED = 7
-"""Stages of a request; the last two of a life, DONE and REFUSED, are 5 and 6."""
+"""Stages of a request; the last ones of a life, DONE, REFUSED and FAILED, are 5, 6 and 8."""
 _INF = float("inf")
+NEVER_S = 1e7
+"""A transfer that would take longer than this (four months) has a dead link."""
+IDLE_TICKS = 100
+"""When nobody is there, so many more ticks bring a policy back to rest; then the next one comes with the next event."""
+LINK_DEAD = "link_dead"
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Simulation:
     _parked: deque[int] = field(init=False, default_factory=deque)
     _next: int = field(init=False, default=0)
     _live: int = field(init=False, default=0)
+    _idle_ticks: int = field(init=False, default=0)
     _reasons: dict[str, int] = field(init=False, default_factory=dict)
     _reason_codes: dict[str, int] = field(init=False, default_factory=dict)
     _busy_s: float = field(init=False, default=0.0)
@@ -150,12 +156,20 @@ class Simulation:
         """All arrivals, until the last request has ended."""
         for k, change in enumerate(sorted(self.changes, key=lambda c: c.at_s)):
             self._push(change.at_s, _CHANGE, k, 0)
-        if self._links or self.on_tick is not None:
-            self._push(self.tick_s, _TICK, 0, 0)
-        count = self.load.arrival_s.size
         if self.concurrency:
-            for _ in range(min(self.concurrency, count)):
+            for _ in range(min(self.concurrency, self.load.arrival_s.size)):
                 self._admit_next(0.0)
+        now_s, stopped = self._until_nothing_happens(0.0)
+        # Who is given up makes room for the next of a closed loop.
+        while not stopped and self._give_up(now_s):
+            now_s, stopped = self._until_nothing_happens(now_s)
+        return self._outcome()
+
+    def _until_nothing_happens(self, now_s: float) -> tuple[float, bool]:
+        """The last event's time, and whether there were later ones than `stop_s`."""
+        if self._links or self.on_tick is not None:
+            self._push(now_s + self.tick_s, _TICK, 0, 0)
+        count = self.load.arrival_s.size
         heap, arrival = self._heap, self._arrival
         closed = self.concurrency > 0
         source = self.source
@@ -177,12 +191,13 @@ class Simulation:
             else:
                 arrives_s = _INF if closed or self._next >= count else arrival[self._next]
             if heap and heap[0][0] <= arrives_s:
-                now_s, _, kind, index, stamp = heapq.heappop(heap)
-                if now_s > self.stop_s:
-                    break
+                at_s, _, kind, index, stamp = heapq.heappop(heap)
+                if at_s > self.stop_s:
+                    return now_s, True
+                now_s = at_s
                 handlers[kind](now_s, index, stamp)
             elif arrives_s == _INF or arrives_s > self.stop_s:
-                break
+                return now_s, arrives_s < _INF
             elif source is not None:
                 self._take_due(source, arrives_s)
             else:
@@ -190,7 +205,22 @@ class Simulation:
                 self._next = i + 1
                 self._live += 1
                 self._dispatch(i, arrives_s)
-        return self._outcome()
+
+    def _give_up(self, now_s: float) -> bool:
+        """Nothing will happen any more: who waits for a node is refused, who is on a dead link fails. False when there
+        was nobody."""
+        waiting, self._parked = list(self._parked), deque()
+        for i in waiting:
+            self._ended(i, REFUSED, now_s)
+        on_link = [i for i in range(self._next) if self._stage[i] == _TRANSFER]
+        for i in on_link:
+            self._attempt[i] += 1
+            self._links[self._link_used[i]].cancel(i, now_s)
+            self._decode_left(i, self._decode_node[i])
+            self._reason[i] = self._reason_codes.setdefault(LINK_DEAD, len(self._reason_codes))
+            self._reasons[LINK_DEAD] = self._reasons.get(LINK_DEAD, 0) + 1
+            self._ended(i, FAILED, now_s)
+        return bool(waiting or on_link)
 
     def _push(self, at_s: float, kind: int, index: int, stamp: int) -> None:
         self._seq += 1
@@ -409,8 +439,9 @@ class Simulation:
     # -- links -------------------------------------------------------------------------------------------------------
 
     def _schedule_link(self, k: int) -> None:
-        due_s = self._links[k].next_through_s()
-        if due_s < self._link_due_s[k]:
+        link = self._links[k]
+        due_s = link.next_through_s()
+        if due_s - link._now_s <= NEVER_S and due_s < self._link_due_s[k]:
             self._link_due_s[k] = due_s
             self._push(due_s, _LINK, k, 0)
 
@@ -435,13 +466,18 @@ class Simulation:
         self.snapshot.now_s = now_s
         if self.on_tick is not None:
             self.on_tick(now_s, self.snapshot)
-        if self._live or self._more_come():
-            self._push(now_s + self.tick_s, _TICK, 0, 0)
+        self._idle_ticks = 0 if self._live else self._idle_ticks + 1
+        # There is one tick at a time, so that all that is on the heap are other events.
+        next_s = min(self._heap[0][0] if self._heap and self._live else _INF, self._next_arrival_s())
+        if next_s == _INF:
+            return
+        tick_s = now_s + self.tick_s
+        self._push(tick_s if self._idle_ticks < IDLE_TICKS else max(tick_s, next_s), _TICK, 0, 0)
 
-    def _more_come(self) -> bool:
+    def _next_arrival_s(self) -> float:
         if self.source is not None:
-            return self.source.next_s() < _INF
-        return not self.concurrency and self._next < len(self._arrival)
+            return self.source.next_s()
+        return _INF if self.concurrency or self._next >= len(self._arrival) else self._arrival[self._next]
 
     # -- what happens to the cluster ---------------------------------------------------------------------------------
 
@@ -468,11 +504,12 @@ class Simulation:
         self._schedule_link(k)
         self._push(now_s + self.cluster.link_estimate_s, _LEARNED, k, 0)
 
-    def _on_learned(self, _: float, k: int, __: int) -> None:
+    def _on_learned(self, now_s: float, k: int, _: int) -> None:
         """The estimate that policies see has followed the link."""
         links, pair = self.snapshot.links, self._pairs[k]
         links.bandwidth_bytes_per_s[pair] = self._links[k].rate_bytes_per_s
         links.rtt_s[pair] = self._rtt_s[k]
+        self._unpark(now_s)
 
     def _lose_nodes(self, change: NodesLost, now_s: float) -> None:
         snapshot = self.snapshot

@@ -47,6 +47,11 @@ from prfaas.loadgen.workloads.traces import read_azure, read_mooncake
 from prfaas.loadgen.workloads.workload import MAX_REQUESTS, Workload
 
 MAX_NUMBER = 1e12
+MIN_RATE_PER_S, MAX_RATE_PER_S = 1e-4, 1e6
+"""One request in three hours, and more than any client sends."""
+MIN_SPEEDUP, MAX_SPEEDUP = 1e-3, 1e6
+MAX_CURVE_S = 1e9
+"""The last change of a rate: thirty years."""
 GAPS = ("poisson", "gamma", "constant")
 CURVES = ("request_rate_series", "rate_schedule", "rate_curve")
 
@@ -130,6 +135,13 @@ class _Given:
             value = math.nan
         if not low <= value <= MAX_NUMBER or (above and value == low):
             self.wrong(dest, f"it is a number {'above' if above else 'from'} {low:g}{'' if above else ' upwards'}")
+            return default
+        return value
+
+    def within(self, dest: str, default: float, low: float, high: float) -> float:
+        value = self.decimal(dest, default, above=True)
+        if self.has(dest) and value != default and not low <= value <= high:
+            self.wrong(dest, f"it is a number from {low:g} to {high:g}")
             return default
         return value
 
@@ -265,17 +277,28 @@ def _rate(given: _Given) -> Rate | None:
     if curves != ["rate_curve"]:
         if given.has("request_rate"):
             given.problems.append(f"--request-rate and {given.name(curves[0])} both give a rate; give one")
-        return given.made(lambda: _curve(given, curves[0]), curves[0])
+        made = given.made(lambda: _curve(given, curves[0]), curves[0])
+        return None if made is None else _bounded(given, made, curves[0])
     curve = given.made(lambda: _curve(given, "rate_curve"), "rate_curve")
     if curve is None:
         return None
-    curve = curve.faster(given.decimal("speedup", 1.0, above=True))
+    curve = curve.faster(given.within("speedup", 1.0, MIN_SPEEDUP, MAX_SPEEDUP))
     if steady is None:
-        return curve
+        return _bounded(given, curve, "rate_curve")
     if math.isinf(steady.requests_per_s):
         given.problems.append("--request-rate inf has no curve; give the mean rate, or leave it out")
         return None
     return curve.scaled(steady.requests_per_s / curve.mean())
+
+
+def _bounded(given: _Given, curve: RateCurve, dest: str) -> RateCurve:
+    """The curve; one that would take for ever, or no time at all, is a mistake. A rate of 0 in between is none."""
+    lasting = curve.mean() if curve.period_s is not None else float(curve.requests_per_s[-1])
+    if not lasting >= MIN_RATE_PER_S or not max(float(curve.requests_per_s.max()), curve.mean()) <= MAX_RATE_PER_S:
+        given.wrong(dest, f"a rate is a number from {MIN_RATE_PER_S:g} to {MAX_RATE_PER_S:g} requests/s")
+    if curve.starts_s[-1] > MAX_CURVE_S:
+        given.wrong(dest, f"its last change is at {curve.starts_s[-1]:g} s; it must be by {MAX_CURVE_S:g} s")
+    return curve
 
 
 def _steady(given: _Given) -> SteadyRate | None:
@@ -283,7 +306,7 @@ def _steady(given: _Given) -> SteadyRate | None:
         return None
     if (given.text("request_rate") or "").lower() in ("inf", "infinity"):
         return SteadyRate(math.inf)
-    return SteadyRate(given.decimal("request_rate", math.inf, above=True))
+    return SteadyRate(given.within("request_rate", math.inf, MIN_RATE_PER_S, MAX_RATE_PER_S))
 
 
 def _curve(given: _Given, dest: str) -> RateCurve:
@@ -329,7 +352,7 @@ def _trace_times(given: _Given) -> Load | TraceTimes | None:
             given.problems.append(f"{given.name(dest)} needs a rate; the trace keeps its own times without one")
     before = len(given.problems)
     times = TraceTimes(
-        given.decimal("speedup", 1.0, above=True),
+        given.within("speedup", 1.0, MIN_SPEEDUP, MAX_SPEEDUP),
         given.decimal("trace_tick_s", 0.0) if given.has("trace_tick_s") else None,
         given.maybe_whole("max_concurrency", 1, MAX_CONCURRENCY),
         given.decimal("benchmark_duration", math.inf, above=True),

@@ -161,3 +161,9 @@ def test_a_foreign_server_has_no_offload_figures() -> None:
     made = summarise_offload(three(), 8.0)
     assert made.known == 0
     assert made.share_of_requests is made.kv_wire_bytes is made.overlap is made.egress_gbps is None
+
+
+def test_nothing_was_sent():
+    """No requests: counts of 0, and no share."""
+    made = summarise(records_of(), Objective(ttft_s=1.0))
+    assert (made.requests, made.duration_s, made.goodput_per_s, made.share_good) == (0, 0.0, 0.0, None)

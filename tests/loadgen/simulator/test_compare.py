@@ -70,12 +70,15 @@ def test_the_page(monkeypatch):
     scenario = dataclasses.replace(EVENTS["steady"])
     made = compare(scenario, 0)
     row = summary(scenario, [made, made])
+    row["gain_over_planned"] = dict.fromkeys(row["gain_over_planned"], -1e-6)
     interval = {"mean": 1.0, "ci95_low": 0.9, "ci95_high": 1.1}
     paper = {"seeds": 1, "requests": 1, "objective": "-", "prfaas": {"planned_lambda_max": 1.0, "lambda_max": interval}}
     paper["prfaas"] |= {key: {"rate_per_s": 1.0} for key in ("at_own_0.8", "at_homogeneous_0.9")}
     keys = ("ratio_homogeneous", "ratio_naive", "ratio_static_homogeneous", "ratio_static_naive", "ttft_reduction")
     page = document([row], paper | dict.fromkeys(keys, interval), traces_given=False)
-    assert "| nothing happens |" in page
+    assert f"| nothing happens | {scenario.steady_rate:.2f} | 2 |" in page
+    assert "| +0.0 ± 0.0 % |" in page
+    assert "runs at 0.9 and 1.1 of the Λ_max of a plan that is made from the trace itself" in page
     assert "synthetic conversations stand in" in page
     assert ": held." in page
     row["over_static"] = 0.9

@@ -24,10 +24,24 @@ def test_the_papers_case(capsys):
     assert made["ttft_reduction"]["mean"] >= 0.45
 
 
+def test_what_is_not_known_is_null(capsys):
+    """One seed has no interval; strict JSON has no infinity."""
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert main(["simulate", "--case", "paper", "--seeds", "1", "--requests", "10", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert made["prfaas"]["lambda_max"]["ci95_low"] is None
+    assert made["prfaas"]["lambda_max"]["mean"] > 0
+
+
 def test_text(capsys):
     """A table for people."""
     assert main(["simulate", "--case", "paper", "--seeds", "1", "--requests", "300"]) == 0
-    assert "saturated, requests/s" in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert "saturated, requests/s" in words
+    assert "-0.0" not in words
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "static", "homogeneous", "offload-all", "round-robin"])
@@ -73,6 +87,21 @@ def test_what_happens_is_said_by_flags(capsys):
     assert made[1]["ttft_s"]["mean"] > made[0]["ttft_s"]["mean"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        (["--num-prompts", "20", "--request-rate", "2", "--lose-nodes", "0:pd:1"], "refused"),
+        (["--isl", "paper", "--request-rate", "3", "--num-prompts", "200", "--link-change", "20:0"], "failed"),
+    ],
+)
+def test_a_run_ends_though_some_are_stuck(capsys, flags, status):
+    """All home nodes dead, or the link: who is stuck is refused or has failed, and the report says how many."""
+    assert main(["simulate", *flags, "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["runs"][0]
+    assert run[status] > 0
+    assert run["ok"] + run["refused"] + run["failed"] == run["requests"]
+
+
 def test_the_same_report_as_a_live_run(capsys, tmp_path):
     """Tables, every request as JSONL, figures as CSV, and a page; `report` reads what was saved."""
     saved, page = tmp_path / "r.jsonl", tmp_path / "r.html"
@@ -92,7 +121,14 @@ def test_the_same_report_as_a_live_run(capsys, tmp_path):
         (["--case", "paper", "--seeds", "0"], "--seeds 0 must be a whole number from 1"),
         (["--case", "paper", "--results", "x.md"], "--results does --case paper as well"),
         (["--traces", "x"], "--traces is for --results"),
-        (["--case", "paper", "--html", "x.html"], "--html is of one simulated workload"),
+        (["--case", "paper", "--html", "x.html"], "leave out --html"),
+        (["--case", "paper", "--link-gbps", "8", "--request-rate", "2"], "leave out --link-gbps, --request-rate"),
+        (
+            ["--results", "x.md", "--seed", "3"],
+            "--results has its own workload, deployment and output; leave out --seed",
+        ),
+        (["--results", "/nowhere/x.md"], "--results /nowhere/x.md: No such file"),
+        (["--case", "paper", "--requests", "9"], "--requests 9 must be a whole number from 10"),
         (["--html", "/nowhere/x.html"], "--html /nowhere/x.html: No such file"),
         (["--seeds", "3"], "--seeds and --requests belong to --case paper"),
         (["--results", "x.md", "--traces", "nowhere"], "--traces nowhere: no such folder"),

@@ -16,7 +16,7 @@ from prfaas.common.scheduling.policies import (
     StaticThreshold,
 )
 from prfaas.loadgen.simulator.cluster import Cluster, Group, LinkChange, NodesBack, NodesLost, RoleChange
-from prfaas.loadgen.simulator.columns import DONE, REFUSED, Load
+from prfaas.loadgen.simulator.columns import DONE, FAILED, REFUSED, Load
 from prfaas.loadgen.simulator.measures import saturated_throughput, ttft_s
 from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.workloads.arrivals import Load as Times
@@ -209,6 +209,39 @@ def test_nodes_that_come_back():
     assert back.first_token_s == pytest.approx([6.0 + 1.0 + 0.02])
     never = Simulation(cluster, requests, HomogeneousPd(ADMIT_ALL), changes[:1], hold=True).run()
     assert never.status.tolist() == [REFUSED]
+
+
+def test_who_is_stuck_is_given_up():
+    """Without a node, or on a dead link, a run still ends: each has a word, all books are even, users of a closed loop
+    go on, and a link that comes back lets those go who waited for it."""
+    policy = HomogeneousPd(ADMIT_ALL)
+    gone = [NodesLost(0.5, "home", 1.0)]
+    for more in ({}, {"concurrency": 2}):
+        made = Simulation(
+            two_regions(), load([0.0] * 5), policy, gone, hold=True, on_tick=lambda *_: None, **more
+        ).run()
+        assert made.status.tolist() == [REFUSED] * 5
+        assert np.isfinite(made.end_s).all()
+    dead, back = (LinkChange(at_s, "away", "home", LinkProfile(rate)) for at_s, rate in ((0.2, 0.0), (90.0, 1e9)))
+    slow = LinkChange(0.2, "away", "home", LinkProfile(1e-300))
+    for change in (dead, slow):
+        simulation = Simulation(two_regions(), load([0.0, 0.1]), OffloadAll(ADMIT_ALL), [change], hold=True)
+        made = simulation.run()
+        assert made.status.tolist() == [FAILED] * 2
+        assert made.reasons["link_dead"] == 2
+        assert not simulation.snapshot.inflight_requests.any()
+        assert simulation._links[0].remaining_bytes(1e3) == pytest.approx(0.0, abs=1.0)
+    late = load([0.0, 50.0])
+    made = Simulation(two_regions(), late, OffloadAll(ADMIT_ALL), [dead, back], hold=True).run()
+    assert made.status.tolist() == [DONE] * 2
+
+
+def test_ticks_rest_when_nobody_is_there():
+    """Requests thirty years apart cost a hundred ticks; the later one still finds a fresh one."""
+    seen = []
+    Simulation(two_regions(), load([0.0, 1e9]), HomogeneousPd(), on_tick=lambda now_s, _: seen.append(now_s)).run()
+    assert len(seen) < 500
+    assert max(seen) >= 1e9
 
 
 def test_first_token_survives_a_lost_decode_node():

@@ -55,6 +55,26 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--request-rate 1e-320", "--request-rate 1e-320: it is a number from 0.0001 to 1e+06"),
+        ("--request-rate 1e-12", "--request-rate 1e-12: it is a number from 0.0001 to 1e+06"),
+        ("--request-rate 1e9", "--request-rate 1e9: it is a number from 0.0001 to 1e+06"),
+        ("--rate-schedule 0:1e-300", "--rate-schedule 0:1e-300: a rate is a number from 0.0001 to 1e+06 requests/s"),
+        ("--rate-schedule 0:0,9:1e9", "--rate-schedule 0:0,9:1e9: a rate is a number from 0.0001 to 1e+06 requests/s"),
+        ("--rate-schedule 0:0,1e20:2", "its last change is at 1e+20 s; it must be by 1e+09 s"),
+        ("--rate-curve {r} --rate-curve-category chat --speedup 1e-9", "--speedup 1e-9: it is a number from 0.001"),
+        ("--dataset-name mooncake_trace --dataset-path {m} --speedup 1e-300", "--speedup 1e-300: it is a number from"),
+    ],
+)
+def test_rates_that_take_for_ever_or_no_time_are_refused(files, line, says):
+    """One line that names the flag and the bounds."""
+    made = problems(line.format(r=files / "r.csv", m=files / "m.jsonl"))
+    assert len(made) == 1
+    assert says in made[0]
+
+
 def test_nothing_given_is_vllms_default():
     """1,000 prompts of 1,024 and 128 tokens, all at once, as `vllm bench serve` without flags."""
     made = workload("")
@@ -223,7 +243,7 @@ def test_other_seeds_of_one_recipe(files):
         ("--random-range-ratio 1", "--random-range-ratio 1: a range ratio is from 0 to below 1, not 1"),
         ("--random-range-ratio 0.1 --random-input-len paper", "--random-range-ratio is for fixed lengths"),
         ("--benchmark-duration 0", "--benchmark-duration 0: it is a number above 0"),
-        ("--benchmark-duration 1e9 --request-rate 1e9", "--benchmark-duration 1e9: 1e+18 requests"),
+        ("--benchmark-duration 1e9 --request-rate 1e6", "--benchmark-duration 1e9: 1e+15 requests"),
         ("--speedup 2", "--speedup is for the times of a trace"),
         ("--dataset-path x", "--dataset-path is not for random, but for mooncake_trace, azure_trace"),
         ("--conversation-turn-mean 3", "--conversation-turn-mean is not for random, but for conversation"),
