@@ -16,6 +16,7 @@ from prfaas.common.scheduling.planner import Plan, plan, require
 from prfaas.loadgen.plan import case_paper, case_public, page, purchase, sensitivity, text
 from prfaas.loadgen.plan.inputs import Inputs, read
 from prfaas.loadgen.plan.inputs import add_arguments as add_inputs
+from prfaas.loadgen.report.outputs import check_writable
 from prfaas.loadgen.workloads.length_specs import parse_lengths
 from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report. Raises UsageError and ConfigError for wrong input, InfeasibleError when nothing can be served
     or the wanted rate can't be carried."""
+    check_writable(args)
     if args.case == "public":
         _only(args, {"case", "json", "gpus", "random_input_len"})
         tokens = parse_lengths(args.random_input_len or _PUBLIC_TOKENS, PAPER_INPUT_LENGTHS).mean()

@@ -97,6 +97,37 @@ def test_all_mistakes_of_a_run_are_told_together(
         assert sum(flag in line for line in said.splitlines()) == 1, flag
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["run", "--dataset-name", "mooncake_trace", "--dataset-path"],
+        ["simulate", "--dataset-name", "mooncake_trace", "--dataset-path"],
+        ["plan", "--histogram"],
+    ],
+)
+def test_no_output_overwrites_the_workloads_file(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "t.jsonl"
+    text = '{"timestamp": 0, "input_length": 1500, "output_length": 100, "hash_ids": [1, 2, 3]}\n'
+    trace.write_text("[1500]" if flags[0] == "plan" else text)
+    before = trace.read_text()
+    assert main([*flags, str(trace), "--html", str(trace)]) == 2
+    assert f"is the file of {flags[-1]}, which it would overwrite" in capsys.readouterr().err
+    assert trace.read_text() == before
+
+
+def test_outputs_are_tried_before_a_run_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second can't be written: the first isn't there then, and what was there is as it was."""
+    old = tmp_path / "old.jsonl"
+    old.write_text("kept")
+    flags = ["--jsonl", str(old), "--csv", str(tmp_path / "new.csv"), "--html", str(tmp_path / "none" / "x.html")]
+    assert main(["run", *flags]) == 2
+    assert "x.html: No such file or directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
+    assert old.read_text() == "kept"
+
+
 def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], unused_port: int) -> None:
     assert main(["run", "--url", f"{HERE}:{unused_port}", "--no-progress"]) == 1
     said = capsys.readouterr().err
