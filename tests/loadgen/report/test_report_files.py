@@ -70,6 +70,11 @@ def test_saved_requests_come_back(tmp_path: Path) -> None:
         ('{"index": 1, "scheduled_s": 0.5, "status": "fine"}', "line 2: status is 'fine'"),
         ('{"index": -1, "scheduled_s": 0.5, "status": "ok"}', "line 2: index is -1"),
         ('{"index": 1, "scheduled_s": 0.5, "status": "ok", "prompt_tokens": -5}', "line 2: prompt_tokens is -5"),
+        ('{"index": 1, "scheduled_s": -0.5, "status": "ok"}', "line 2: scheduled_s is -0.5; it is from 0"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "end_s": -2}', "line 2: end_s is -2; it is from 0"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "queue_s": 1e300}', "line 2: queue_s is 1e+300"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "itl_s": [0.1, -0.2]}', "line 2: itl_s, gap 2, is -0.2"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "ttft_s": 2}', "contains unknown field `ttft_s`"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
