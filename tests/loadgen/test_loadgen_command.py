@@ -52,6 +52,15 @@ def test_help_all_lists_the_rarer_flags(capsys: pytest.CaptureFixture[str]) -> N
     assert all(flag in told and flag not in short for flag in rarer)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_help_all(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With or without rarer flags, and whatever else is missing."""
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help-all"])
+    assert ended.value.code == 0
+    assert f"usage: prfaas-loadgen {command} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prfaas.common.perfmodel import profiles
-from prfaas.loadgen.plan.__main__ import main
+from prfaas.loadgen.__main__ import main as prfaas_loadgen
 
 FIGURES = {
     "threshold",
@@ -24,6 +25,10 @@ FIGURES = {
     "theta_pd_d",
     "egress_gbps",
 }
+
+
+def main(flags: Sequence[str]) -> int:
+    return prfaas_loadgen(["plan", *flags])
 
 
 def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
