@@ -69,11 +69,13 @@ def test_the_papers_case_has_its_keys_and_lands_in_its_bands(capsys: pytest.Capt
 
 
 def test_each_figure_has_the_papers_beside_it_and_the_kind_of_its_input(capsys: pytest.CaptureFixture[str]) -> None:
-    """What rests on the H20 profile is marked as fitted, since it was fitted to these very figures."""
+    """What rests on the H20 profile is marked as fitted, since it was fitted to these very figures: also what prefills
+    the lengths above a threshold that was found with it."""
     made = planned(capsys, "--case", "paper")
     assert all(set(made["paper"][name]) == FIGURES for name in ("prfaas", "homogeneous", "naive"))
     kinds = {name: {k: v["kind"] for k, v in made["inputs"][name].items()} for name in ("prfaas", "naive")}
-    assert kinds["prfaas"]["theta_prfaas"] == kinds["naive"]["lambda_max"] == "measured"
+    assert set(kinds["prfaas"].values()) == {"fitted"}
+    assert kinds["naive"]["theta_prfaas"] == kinds["naive"]["lambda_max"] == "measured"
     assert kinds["prfaas"]["lambda_max"] == kinds["prfaas"]["theta_pd_p"] == kinds["prfaas"]["threshold"] == "fitted"
     assert made["inputs"]["homogeneous"]["lambda_max"]["kind"] == made["inputs"]["ratio_naive"]["kind"] == "fitted"
     for name in ("prfaas", "homogeneous", "naive"):
