@@ -20,6 +20,20 @@ from prfaas.loadgen.report.summary import Summary, summarise
 from prfaas.loadgen.report.tables import tables
 
 OUTPUTS = ("jsonl", "csv", "html")
+INPUTS = (
+    "files",
+    "dataset_path",
+    "histogram",
+    "request_rate_series",
+    "rate_curve",
+    "profile",
+    "prefill_profile",
+    "decode_profile",
+    "api_key_file",
+    "cacert",
+)
+"""Flags of any command whose value is a file, or may be one. Lengths are one as empirical:FILE."""
+FILE_OF_LENGTHS = "empirical:"
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, jsonl: bool = True) -> None:
@@ -56,14 +70,12 @@ def check_writable(args: argparse.Namespace) -> None:
 
 
 def _other_files(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(flag, file) of what is no output. A value that is no file's name can be no output's either."""
+    """(flag, file) of what is read."""
     for name, given in vars(args).items():
-        if name in (*OUTPUTS, "names"):
-            continue
         flag = "FILE" if name == "files" else f"--{name.replace('_', '-')}"
         for value in given if isinstance(given, list) else [given]:
-            if isinstance(value, str):
-                yield flag, value.removeprefix("empirical:")
+            if isinstance(value, str) and (name in INPUTS or value.startswith(FILE_OF_LENGTHS)):
+                yield flag, value.removeprefix(FILE_OF_LENGTHS)
 
 
 def _identity(path: str) -> object:
