@@ -48,7 +48,7 @@ COMMANDS = {
 
 class Command(Protocol):
     """What a subcommand's module has. A module with SHOWS_ALL = True has rarer flags: `add_arguments` also takes
-    `show_all`, True for --help-all."""
+    `show_all`, True for --help-all; elsewhere --help-all is --help."""
 
     DESCRIPTION: str
     EXAMPLE: str
@@ -116,12 +116,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         ),
         allow_abbrev=False,
     )
-    if getattr(command, "SHOWS_ALL", False):
-        show_all = "--help-all" in arguments
-        command.add_arguments(parser, show_all=show_all)
-        parser.add_argument("--help-all", action="help", help="every flag")
+    has_rarer = getattr(command, "SHOWS_ALL", False)
+    if has_rarer:
+        command.add_arguments(parser, show_all="--help-all" in arguments)
     else:
         command.add_arguments(parser)
+    parser.add_argument("--help-all", action="help", help="every flag" if has_rarer else argparse.SUPPRESS)
     return command.run(parser.parse_args(arguments))
 
 

@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-class RequestRecord(msgspec.Struct, omit_defaults=True):
+class RequestRecord(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """One request. Only the first three fields are needed; a simulator fills in more than a foreign server tells."""
 
     index: int

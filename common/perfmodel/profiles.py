@@ -230,13 +230,20 @@ def shipped(name: str) -> NodeProfile:
     """A profile that comes with PrfaaS. Raises ConfigError that lists them for another name."""
     known = shipped_names()
     if name not in known:
-        raise ConfigError([f"no shipped profile {name!r}; there are {', '.join(known)}"])
+        raise ConfigError([f"no shipped profile {name!r}; there are {', '.join(known)}, or name a file"])
     data = resources.files("prfaas.common.perfmodel").joinpath("profiles", f"{name}.json").read_bytes()
     return parse(data, f"profile {name}")
 
 
 def named(text: str) -> NodeProfile:
-    """A shipped profile's name, or the path of a file (which has a '/' or ends in .json)."""
-    if "/" in text or text.endswith(".json"):
+    """A shipped profile's name, or the path of a file. A shipped one goes first; a file with its name is `./name`."""
+    if "/" in text or text.endswith(".json") or (text not in shipped_names() and _is_there(Path(text))):
         return load(Path(text))
     return shipped(text)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long for one
+        return False

@@ -216,7 +216,8 @@ def batch_within(demand: Demand, profile: NodeProfile, settings: PlannerSettings
     if alone_s > limit_s:
         raise InfeasibleError(
             f"{profile.name}: a decode step takes {alone_s * 1e3:.4g} ms for one request of {context:.0f} tokens, the"
-            f" limit is {settings.tpot_limit_s * 1e3:.4g} ms; missing: a faster node, or a limit of {alone_s:.4g} s"
+            f" limit is {settings.tpot_limit_s * 1e3:.4g} ms; missing: a faster node, or a limit of"
+            f" {alone_s * 1e3:.4g} ms"
         )
     low, high = 1, most
     while low < high:

@@ -111,8 +111,8 @@ def figures(made: Plan) -> dict[str, float | int | None]:
 def inputs(system: System) -> dict[str, dict[str, Any]]:
     """For each figure: `kind`, measured only if all that it was computed from was, and `from`: profile and curve.
 
-    What was searched for (threshold, split) depends on everything; what is computed at the threshold found is judged by
-    its own formula, so that theta_prfaas counts as measured although another threshold would give another.
+    What was searched for (threshold, split) depends on everything, and so does what is computed at the threshold found.
+    Of the PrfaaS system that leaves nothing measured; naive offloads all, which no threshold decides.
     """
     far = system.offload[0].profile if system.offload else None
     home = system.home.profile
@@ -122,9 +122,9 @@ def inputs(system: System) -> dict[str, dict[str, Any]]:
     searched = system.plan.n_prefill > 0
     everything = [*prfaas, *pd_prefill, *pd_decode]
     rate = everything if searched else prfaas
-    per_figure = {"lambda_max": rate, "theta_prfaas": prfaas, "theta_pd_d": pd_decode}
+    per_figure = {"lambda_max": rate, "theta_prfaas": rate if far else [], "theta_pd_d": pd_decode}
     if searched:
-        per_figure |= {"n_p": everything, "n_d": everything, "theta_pd_p": pd_prefill}
+        per_figure |= {"n_p": everything, "n_d": everything, "theta_pd_p": everything if far else pd_prefill}
     if far:
         per_figure |= {"egress_gbps": [*rate, *kv]}
     if far and searched:

@@ -13,11 +13,10 @@ from typing import Any
 from prfaas.common.errors import InfeasibleError, UsageError
 from prfaas.common.perfmodel.profiles import NodeProfile
 from prfaas.common.scheduling.planner import Plan, plan, require
-from prfaas.loadgen.plan import case_paper, case_public, page, purchase, sensitivity, text
+from prfaas.loadgen.plan import case_paper, case_public, page, purchase, sensitivity, text, workload
 from prfaas.loadgen.plan.inputs import Inputs, read
 from prfaas.loadgen.plan.inputs import add_arguments as add_inputs
-from prfaas.loadgen.workloads.length_specs import parse_lengths
-from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS
+from prfaas.loadgen.report.outputs import check_writable
 
 DESCRIPTION = "Best threshold and prefill : decode split, most requests/s, egress, bottleneck, and what changes them."
 EXAMPLE = """\
@@ -42,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report. Raises UsageError and ConfigError for wrong input, InfeasibleError when nothing can be served
     or the wanted rate can't be carried."""
+    check_writable(args)
     if args.case == "public":
         _only(args, {"case", "json", "gpus", "random_input_len"})
-        tokens = parse_lengths(args.random_input_len or _PUBLIC_TOKENS, PAPER_INPUT_LENGTHS).mean()
+        tokens = workload.lengths_from("--random-input-len", args.random_input_len or _PUBLIC_TOKENS).mean()
         made = case_public.report(args.gpus or _PUBLIC_GPUS, tokens)
         words = case_public.as_text(made)
     elif args.case == "paper":

@@ -14,6 +14,7 @@ from prfaas.common.scheduling.planner import Demand, HomePool, OffloadPool, Plan
 from prfaas.loadgen.plan import workload
 
 MAX_GPUS = 1 << 20
+MAX_NUMBER = 1e12
 DEFAULT_PREFILL, DEFAULT_DECODE = "paper-h200", "paper-h20"
 DEFAULT_PREFILL_GPUS, DEFAULT_DECODE_GPUS = 32, 64
 
@@ -154,8 +155,9 @@ def _number(above: float | None = None) -> Callable[[str], float]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < 0 or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {'above' if above == 0 else 'of at least'} 0")
+        if not 0 <= value <= MAX_NUMBER or (above is not None and value <= above):
+            least = "of at least 0" if above is None else f"above {above:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {least} and at most {MAX_NUMBER:g}")
         return value
 
     return check

@@ -56,17 +56,28 @@ def read(options: argparse.Namespace) -> tuple[Demand, str]:
     for flag in ("dataset_path", "isl_block_size", "prefix_hits"):
         if getattr(options, flag) is not None:
             raise UsageError(f"--{flag.replace('_', '-')} is for --dataset-name {' or '.join(READERS)}")
-    output = parse_lengths(options.random_output_len or "paper", sampled.PAPER_OUTPUT_LENGTHS).mean()
+    output = lengths_from("--random-output-len", options.random_output_len or "paper").mean()
     if options.histogram is not None:
         if options.random_input_len is not None:
             raise UsageError("--histogram and --random-input-len both say the lengths; leave one out")
         return Demand(read_histogram(Path(options.histogram)), output), options.histogram
     text = options.random_input_len or "paper"
     try:
-        made = distribution(parse_lengths(text, sampled.PAPER_INPUT_LENGTHS))
+        made = distribution(lengths_from("--random-input-len", text))
     except ValueError as error:
         raise UsageError(f"--random-input-len {text}: {error}") from None
     return Demand(made, output), f"{text} ({_words(made)})" if text == "paper" else text
+
+
+def lengths_from(flag: str, text: str) -> sampled.Lengths:
+    """What the value of `flag`, --random-input-len or --random-output-len, says. Raises ConfigError that names the flag
+    and its shortest other name, which may be the one that was given."""
+    paper = sampled.PAPER_INPUT_LENGTHS if flag == "--random-input-len" else sampled.PAPER_OUTPUT_LENGTHS
+    try:
+        return parse_lengths(text, paper)
+    except ConfigError as error:
+        where = f"{flag} ({OTHER_NAMES[flag][-1]}) {text}"
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
 def distribution(of: sampled.Lengths) -> LengthDistribution:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prfaas.common.errors import UsageError
 from prfaas.loadgen.report.files import read_jsonl
-from prfaas.loadgen.report.outputs import add_output_arguments, objective_from, put_out
+from prfaas.loadgen.report.outputs import add_output_arguments, check_writable, objective_from, put_out
 from prfaas.loadgen.report.plots import Run
 
 DESCRIPTION = "Tables and pages from the requests that `run --jsonl` or `simulate --jsonl` saved."
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.names is not None and len(args.names) != len(args.files):
         raise UsageError(f"--names has {len(args.names)} names for {len(args.files)} files")
     objective = objective_from(args)
+    check_writable(args)
     names = args.names or [Path(file).name.removesuffix(".gz").removesuffix(".jsonl") for file in args.files]
     runs = [Run(name, read_jsonl(file)) for name, file in zip(names, args.files, strict=True)]
     title = "Requests: " + ", ".join(names)

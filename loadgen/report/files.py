@@ -19,6 +19,8 @@ MAX_LINE_BYTES = 4 << 20
 """A request with as many gaps as are kept of one is 600 KB."""
 DIGITS = 6
 """Microseconds."""
+MAX_SECONDS = 1e12
+"""No run lasts as long: what lies above was spoilt."""
 LEAST = dict.fromkeys(INTEGER_COLUMNS, 0) | dict.fromkeys(("cached_tokens", "kv_raw_bytes", "kv_wire_bytes"), -1)
 _ENCODER = msgspec.json.Encoder()
 
@@ -57,6 +59,14 @@ def _problem(record: Record) -> str | None:
     for name, least in LEAST.items():
         if not least <= getattr(record, name) < 1 << 62:
             return f"{name} is {getattr(record, name)}; it is {least} or above"
+    for name in FLOAT_COLUMNS:
+        value = getattr(record, name)
+        if value is not None and not 0 <= value <= MAX_SECONDS:
+            return f"{name} is {value:g}; it is from 0 to {MAX_SECONDS:g}"
+    # A request can have 65,536 of them.
+    if record.itl_s and not 0 <= min(record.itl_s) <= max(record.itl_s) <= MAX_SECONDS:
+        number, gap_s = next((i, gap) for i, gap in enumerate(record.itl_s, 1) if not 0 <= gap <= MAX_SECONDS)
+        return f"itl_s, gap {number}, is {gap_s:g}; it is from 0 to {MAX_SECONDS:g}"
     return None
 
 

@@ -1,8 +1,12 @@
 """A million requests on 1,250 instances in three regions: how long, how much memory. And one decision of a policy.
 
-python -m tests.benchmarks.bench_simulator [requests]
+python -m tests.benchmarks.bench_simulator [requests] [--check]
+
+--check: exit status 1 where the run takes more than 120 s of CPU or 2 GiB of memory, which is what a million requests
+may take.
 """
 
+import argparse
 import resource
 import sys
 import time
@@ -22,6 +26,9 @@ from prfaas.loadgen.workloads.rngs import Rngs
 
 RATE = 280.0
 HOMES = ("east", "west")
+REQUESTS = 1_000_000
+MAX_CPU_S = 120.0
+MAX_RSS_MIB = 2048.0
 
 
 def cluster() -> Cluster:
@@ -33,7 +40,8 @@ def cluster() -> Cluster:
     return Cluster(groups, {("prfaas", home): LinkProfile.of_gbps(6000, 0.02) for home in HOMES})
 
 
-def simulate(requests: int) -> None:
+def simulate(requests: int) -> tuple[float, float]:
+    """CPU seconds of the run, and the most MiB that this process has held."""
     rngs = Rngs.from_seed(1)
     load = Load(
         np.cumsum(rngs.arrivals.exponential(1 / RATE, requests)),
@@ -48,6 +56,7 @@ def simulate(requests: int) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{requests} requests, 1250 instances: {used:.1f} s of CPU, {passed:.1f} s wall, {peak:.0f} MiB at most")
     print({key: round(value, 4) for key, value in latencies(made).items()})
+    return used, peak
 
 
 def decide() -> None:
@@ -62,6 +71,25 @@ def decide() -> None:
         print(f"{kind.__name__:20} {best * 1e6:6.1f} µs a decision, {len(snapshot.names)} nodes")
 
 
-if __name__ == "__main__":
+def exceeded(cpu_s: float, rss_mib: float) -> list[str]:
+    """A line for each limit that isn't kept."""
+    limits = (("s of CPU", cpu_s, MAX_CPU_S), ("MiB", rss_mib, MAX_RSS_MIB))
+    return [f"{value:.1f} {unit}; at most {most:g} are allowed" for unit, value, most in limits if value > most]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("requests", nargs="?", type=int, default=REQUESTS)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.requests < 1:
+        parser.error(f"requests: {options.requests} must be 1 or above")
     decide()
-    simulate(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    problems = exceeded(*simulate(options.requests))
+    for problem in problems if options.check else ():
+        print(problem, file=sys.stderr)
+    return 1 if options.check and problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

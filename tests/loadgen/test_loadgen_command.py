@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from prfaas.loadgen.__main__ import COMMANDS, main
+from prfaas.loadgen.report.outputs import INPUTS, OUTPUTS
 
 HERE = "127.0.0.1"
 
@@ -50,6 +53,15 @@ def test_help_all_lists_the_rarer_flags(capsys: pytest.CaptureFixture[str]) -> N
     told = capsys.readouterr().out
     rarer = ("--request-timeout", "--extra-body", "--conversation-turn-mean", "--trace-tick-s")
     assert all(flag in told and flag not in short for flag in rarer)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_help_all(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With or without rarer flags, and whatever else is missing."""
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help-all"])
+    assert ended.value.code == 0
+    assert f"usage: prfaas-loadgen {command} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -95,6 +107,57 @@ def test_all_mistakes_of_a_run_are_told_together(
     assert "s3cret" not in said
     for flag in flags:
         assert sum(flag in line for line in said.splitlines()) == 1, flag
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["run", "--dataset-name", "mooncake_trace", "--dataset-path"],
+        ["simulate", "--dataset-name", "mooncake_trace", "--dataset-path"],
+        ["plan", "--histogram"],
+        ["plan", "--isl"],
+    ],
+)
+def test_no_output_overwrites_the_workloads_file(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "t.jsonl"
+    text = '{"timestamp": 0, "input_length": 1500, "output_length": 100, "hash_ids": [1, 2, 3]}\n'
+    trace.write_text("[1500]" if flags[0] == "plan" else text)
+    before = trace.read_text()
+    given = f"empirical:{trace}" if flags[-1] == "--isl" else str(trace)
+    assert main([*flags, given, "--html", str(trace)]) == 2
+    flag = flags[-1].replace("--isl", "--random-input-len")
+    assert f"is the file of {flag}, which it would overwrite" in capsys.readouterr().err
+    assert trace.read_text() == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_that_names_a_file_is_known_to_the_outputs(command: str) -> None:
+    """So that none that is read can be overwritten."""
+    module = importlib.import_module(COMMANDS[command])
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    files = {action.dest for action in parser._actions if action.metavar == "FILE" or "profile" in action.dest}
+    assert files
+    assert files <= {*INPUTS, *OUTPUTS, "results"}
+
+
+def test_an_output_may_be_called_like_a_flags_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time, the file is there
+        assert main(["plan", "--mode", "mean_time", "--html", "mean_time"]) == 0
+
+
+def test_outputs_are_tried_before_a_run_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second can't be written: the first isn't there then, and what was there is as it was."""
+    old = tmp_path / "old.jsonl"
+    old.write_text("kept")
+    flags = ["--jsonl", str(old), "--csv", str(tmp_path / "new.csv"), "--html", str(tmp_path / "none" / "x.html")]
+    assert main(["run", *flags]) == 2
+    assert "x.html: No such file or directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
+    assert old.read_text() == "kept"
 
 
 def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], unused_port: int) -> None:

@@ -12,6 +12,18 @@ from prfaas.common.perfmodel.kv_rates import parse, public_models
 from prfaas.common.perfmodel.links import LinkProfile
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "prefill_s", "gbps"),
+    [(190.8, 0.44, 3.61), (308.9, 0.72, 3.59), (701.3, 1.84, 3.19), (2316.3, 7.40, 2.62)],
+)
+def test_equation_1_gives_the_papers_kv_throughput(mebibytes: float, prefill_s: float, gbps: float) -> None:
+    """Of the internal model at 1K, 8K, 32K and 128K; the paper's times are rounded to 10 ms."""
+    rate = throughput.kv_throughput(mebibytes * 2**20, prefill_s)
+    assert rate * 8e-9 == pytest.approx(gbps, rel=0.01)
+    both = throughput.kv_throughput(np.array([mebibytes, 1.0]), np.array([prefill_s, 0.5]))
+    assert both.tolist() == [mebibytes / prefill_s, 2.0]
+
+
 def test_equation_3_takes_the_narrower_of_compute_and_link() -> None:
     """4 nodes at 2.5 s give 1.6 requests/s; 1 GB each over 1 GB/s gives 1."""
     assert float(throughput.theta_prfaas(4, 2.5, 12.5e9, 1e9)) == 1.6
@@ -40,6 +52,17 @@ def test_equations_7_and_8_are_zero_in_balance_and_signed_beside_it() -> None:
     assert float(throughput.threshold_imbalance(1.0, 0.6, 1.0)) < 0  # too much is offloaded
     assert throughput.role_imbalance(1.0, 1.0, 2.0) == 0
     assert throughput.role_imbalance(1.0, 0.5, 2.0) < 0  # short of prefill
+
+
+def test_the_papers_optimum_is_in_balance_as_far_as_whole_nodes_allow() -> None:
+    """Table 6 at p = 49.6 %: equation 7 holds within the rounding of its rates. Equation 8 doesn't: of 8 home nodes,
+    3 : 5 is the nearest split that is short of prefill, and 4 : 4 would be short of decode."""
+    assert float(throughput.threshold_imbalance(1.61, 0.496, 1.64)) == pytest.approx(0, abs=0.02)
+    assert throughput.role_imbalance(1.61, 1.64, 3.91) == pytest.approx(-0.66)
+    other_split = throughput.role_imbalance(1.61, 1.64 * 4 / 3, 3.91 * 4 / 5)
+    assert other_split == pytest.approx(0.669, abs=0.001)
+    # Homogeneous, 9 : 3.
+    assert throughput.role_imbalance(0.0, 2.11, 2.35) == pytest.approx(-0.24)
 
 
 @pytest.mark.parametrize(("name", "terabits"), [("minimax-m2.5", 3.8), ("ring-2.5-1t", 0.17)])

@@ -14,6 +14,7 @@ from prfaas.common.perfmodel.curves import Curve, Surface
 from prfaas.common.perfmodel.lengths import Empirical, TruncatedLogNormal, fixed
 from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.common.perfmodel.profiles import NodeProfile, shipped
+from prfaas.common.perfmodel.throughput import role_imbalance, threshold_imbalance
 from prfaas.common.scheduling.planner import (
     LIVE,
     PAPER,
@@ -48,6 +49,25 @@ def test_the_papers_case(profile: str) -> None:
     assert 12 <= made.egress_bytes_per_s * 8e-9 <= 13.5
     assert made.link_utilisation == pytest.approx(0.13, abs=0.01)
     assert (made.decode_batch, made.decode_step_s) == (20, 0.025)
+
+
+def test_the_best_plan_is_where_equations_7_and_8_say() -> None:
+    """The rates balance between two neighbours of the threshold found; one prefill node more and decode is short."""
+    home = HomePool(H20, 8)
+    made = plan(PAPER_DEMAND, home, PAPER_OFFLOAD, PAPER)
+    step = PAPER.threshold_step_tokens
+
+    def imbalance(threshold_tokens: float) -> float:
+        fixed_at = {"threshold_tokens": threshold_tokens, "n_prefill": made.n_prefill}
+        there = plan(PAPER_DEMAND, home, PAPER_OFFLOAD, PAPER, **fixed_at)
+        return float(threshold_imbalance(there.theta_prfaas, there.share_offloaded, there.theta_pd_prefill))
+
+    def shortage(n_prefill: int) -> float:
+        there = plan(PAPER_DEMAND, home, PAPER_OFFLOAD, PAPER, n_prefill=n_prefill)
+        return role_imbalance(there.theta_prfaas, there.theta_pd_prefill, there.theta_pd_decode)
+
+    assert imbalance(made.threshold_tokens - step) < 0 < imbalance(made.threshold_tokens + step)
+    assert shortage(made.n_prefill) < 0 < shortage(made.n_prefill + 1)
 
 
 def test_the_papers_homogeneous_baseline() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prfaas.common.perfmodel import profiles
-from prfaas.loadgen.plan.__main__ import main
+from prfaas.loadgen.__main__ import main as prfaas_loadgen
 
 FIGURES = {
     "threshold",
@@ -24,6 +25,10 @@ FIGURES = {
     "theta_pd_d",
     "egress_gbps",
 }
+
+
+def main(flags: Sequence[str]) -> int:
+    return prfaas_loadgen(["plan", *flags])
 
 
 def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
@@ -64,11 +69,13 @@ def test_the_papers_case_has_its_keys_and_lands_in_its_bands(capsys: pytest.Capt
 
 
 def test_each_figure_has_the_papers_beside_it_and_the_kind_of_its_input(capsys: pytest.CaptureFixture[str]) -> None:
-    """What rests on the H20 profile is marked as fitted, since it was fitted to these very figures."""
+    """What rests on the H20 profile is marked as fitted, since it was fitted to these very figures: also what prefills
+    the lengths above a threshold that was found with it."""
     made = planned(capsys, "--case", "paper")
     assert all(set(made["paper"][name]) == FIGURES for name in ("prfaas", "homogeneous", "naive"))
     kinds = {name: {k: v["kind"] for k, v in made["inputs"][name].items()} for name in ("prfaas", "naive")}
-    assert kinds["prfaas"]["theta_prfaas"] == kinds["naive"]["lambda_max"] == "measured"
+    assert set(kinds["prfaas"].values()) == {"fitted"}
+    assert kinds["naive"]["theta_prfaas"] == kinds["naive"]["lambda_max"] == "measured"
     assert kinds["prfaas"]["lambda_max"] == kinds["prfaas"]["theta_pd_p"] == kinds["prfaas"]["threshold"] == "fitted"
     assert made["inputs"]["homogeneous"]["lambda_max"]["kind"] == made["inputs"]["ratio_naive"]["kind"] == "fitted"
     for name in ("prfaas", "homogeneous", "naive"):
@@ -295,6 +302,7 @@ def test_the_page_stands_alone_and_its_plots_are_sound(
         (("--decode-gpus", "8", "--link-gbps", "0"), "missing: bandwidth to the prefill region or a home node"),
         (("--decode-gpus", "8", "--prefill-gpus", "0"), "missing: nodes in a prefill region or a home node"),
         (("--tpot", "20"), "a decode step takes 25 ms"),
+        (("--tpot", "0.001"), "the limit is 0.001 ms; missing: a faster node, or a limit of 25 ms"),
         (("--gpus", "4"), "--gpus 4 has no home node; missing: 8 GPUs"),
         (("--gpus", "8"), "missing: nodes in a prefill region or a home node"),
         (
@@ -323,7 +331,11 @@ def test_an_infeasible_plan_says_what_is_missing(
         (("--gpus", "96", "--decode-gpus", "8"), "--gpus and --budget search for"),
         (("--budget", "100"), "--budget needs the prices"),
         (("--budget", "100", "--prefill-gpu-cost", "0", "--decode-gpu-cost", "1"), "cost nothing"),
-        (("--budget", "-5"), "must be a number above 0"),
+        (("--budget", "-5"), "must be a number above 0 and at most 1e+12"),
+        (("--link-gbps", "1e300"), "--link-gbps: '1e300' must be a number of at least 0 and at most 1e+12"),
+        (("--isl", "-5"), "--random-input-len (--isl) -5: lengths from -5 to -5 tokens"),
+        (("--osl", "0"), "--random-output-len (--osl) 0: lengths from 0 to 0 tokens"),
+        (("--case", "public", "--isl", "0"), "--random-input-len (--isl) 0: lengths from 0 to 0 tokens"),
         (("--link-loss", "1"), "loss = 1.0 must be at least 0 and below 1"),
         (("--link-share", "2"), "link_share = 2.0 must be at most 1"),
         (("--isl", "lognormal:9:1"), "is no distribution of lengths"),
@@ -374,6 +386,20 @@ def test_a_profile_that_falls_is_refused(capsys: pytest.CaptureFixture[str], tmp
     (tmp_path / "p.json").write_text(json.dumps(document))
     said = refused(capsys, "--profile", str(tmp_path / "p.json"))
     assert "p.json: prefill_s: values must not fall: 1 at length 200 after 2 at length 100" in said
+
+
+def test_a_profile_is_any_file_that_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is called. A name that ships goes before a file of that name; a name that can't be a file's is one
+    line, too."""
+    monkeypatch.chdir(tmp_path)
+    profiles.save(profiles.shipped("paper-h20"), tmp_path / "lab")
+    assert planned(capsys, "--prefill-profile", "lab")["inputs"]["prefill_region"]["profile"] == "paper-h20"
+    (tmp_path / "paper-h200").write_text("no profile")
+    assert planned(capsys)["inputs"]["prefill_region"]["profile"] == "paper-h200"
+    assert "paper-h200: not a profile" in refused(capsys, "--profile", "./paper-h200")
+    assert "no shipped profile 'xxx" in refused(capsys, "--profile", "x" * 300)
 
 
 def test_help_fits_a_screen_and_has_an_example(

@@ -70,6 +70,11 @@ def test_saved_requests_come_back(tmp_path: Path) -> None:
         ('{"index": 1, "scheduled_s": 0.5, "status": "fine"}', "line 2: status is 'fine'"),
         ('{"index": -1, "scheduled_s": 0.5, "status": "ok"}', "line 2: index is -1"),
         ('{"index": 1, "scheduled_s": 0.5, "status": "ok", "prompt_tokens": -5}', "line 2: prompt_tokens is -5"),
+        ('{"index": 1, "scheduled_s": -0.5, "status": "ok"}', "line 2: scheduled_s is -0.5; it is from 0"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "end_s": -2}', "line 2: end_s is -2; it is from 0"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "queue_s": 1e300}', "line 2: queue_s is 1e+300"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "itl_s": [0.1, -0.2]}', "line 2: itl_s, gap 2, is -0.2"),
+        ('{"index": 1, "scheduled_s": 1, "status": "ok", "ttft_s": 2}', "contains unknown field `ttft_s`"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, told: str) -> None:
@@ -114,6 +119,44 @@ def test_names_must_fit_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = saved(tmp_path / "one.jsonl", some())
     assert main(["report", str(path), "--names", "a", "b"]) == 2
     assert "2 names for 1 files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["same", "dotted", "link", "hard link"])
+@pytest.mark.parametrize("output", ["--csv", "--html"])
+def test_a_report_never_overwrites_what_it_reads(
+    output: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under whichever name: the measured requests are all there is of a run."""
+    path = saved(tmp_path / "run.jsonl", some())
+    before = path.read_bytes()
+    target = tmp_path / "target"
+    if how == "link":
+        target.symlink_to(path)
+    elif how == "hard link":
+        target.hardlink_to(path)
+    else:
+        (tmp_path / "x").mkdir()
+        target = path if how == "same" else tmp_path / "x" / ".." / "run.jsonl"
+    assert main(["report", str(path), output, str(target)]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        f"prfaas-loadgen report: {output} {target} is the file of FILE, which it would overwrite; name another\n"
+    )
+    assert said.out == ""
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_two_outputs_are_two_files(exists: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether or not they are there yet; what is no file, /dev/null, takes both."""
+    path = saved(tmp_path / "run.jsonl", some())
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    if exists:
+        (tmp_path / "x").touch()
+    assert main(["report", str(path), "--csv", str(tmp_path / "x"), "--html", str(tmp_path / "link")]) == 2
+    assert f"--html {tmp_path / 'link'} is the file of --csv" in capsys.readouterr().err
+    assert (tmp_path / "x").exists() is exists
+    assert main(["report", str(path), "--csv", "/dev/null", "--html", "/dev/null"]) == 0
 
 
 class Checker(HTMLParser):
