@@ -10,12 +10,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
+from prfaas.common.command_line import EXIT_USAGE, Parser
 from prfaas.common.errors import ConfigError, PrfaasError, UsageError
 
 EXIT_FAILURE = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 HELP = """\
@@ -56,18 +56,6 @@ class Command(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser, /, **options: bool) -> None: ...
 
     def run(self, args: argparse.Namespace, /) -> int: ...
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line with a mend."""
-
-    def error(self, message: str) -> NoReturn:
-        words = [w for w in message.split() if w.startswith("--")]
-        known = [flag for action in self._actions for flag in action.option_strings]
-        wrong = words[0].split("=")[0].rstrip(":") if words else ""
-        close = [] if wrong in known else difflib.get_close_matches(wrong, known, n=1)
-        mend = f"did you mean {close[0]}?" if close else f"try {self.prog} --help"
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; {mend}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

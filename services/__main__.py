@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from prfaas.common.command_line import EXIT_USAGE
 from prfaas.common.errors import ConfigError, PrfaasError, UsageError
 
 EXIT_FAILURE = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 HELP = """\

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import xxhash
 from prfaas.common.errors import ProtocolError
 from prfaas.transport.frames import (
+    CHUNK,
     FROM_RECEIVER,
     HEADER_BYTES,
     MAX_CONTROL_BYTES,
@@ -68,8 +69,6 @@ TRANSITIONS: Mapping[LaneState, Mapping[int, LaneState]] = MappingProxyType(
         LaneState.CLOSED: {},
     }
 )
-
-_CHUNK = int(FrameType.CHUNK)
 
 # The direction bit must fit the frame: a credit can't come from the side that sends the KV.
 _RECEIVER_FRAMES = frozenset({FrameType.OPENED, FrameType.CREDIT, FrameType.ACK})
@@ -164,14 +163,14 @@ class LaneConnection:
     def redirect(self, transfer: int) -> None:
         """The rest of a chunk of `transfer` that is on its way goes to the sink; its memory is not touched again."""
         header = self._header
-        if header is not None and header.type == _CHUNK and header.transfer == transfer:
+        if header is not None and header.type == CHUNK and header.transfer == transfer:
             self._target = self._hasher = None
 
     def redirect_chunk(self, chunk: FrameHeader) -> bool:
         """The same for one chunk. True: this lane was receiving it."""
         header = self._header
         place = (chunk.transfer, chunk.layer, chunk.tensor, chunk.row, chunk.offset_bytes)
-        if header is None or header.type != _CHUNK or self._target is None:
+        if header is None or header.type != CHUNK or self._target is None:
             return False
         if (header.transfer, header.layer, header.tensor, header.row, header.offset_bytes) != place:
             return False
@@ -191,7 +190,7 @@ class LaneConnection:
         header = parse_header(self._header_buffer)
         self._check_legal(header)
         self._header = header
-        if header.type == _CHUNK:
+        if header.type == CHUNK:
             target = self._destination(header)
             self._expect(target, header.body_bytes)
             if header.codec == RAW and target is not None:
@@ -214,7 +213,7 @@ class LaneConnection:
 
     def _body_complete(self, header: FrameHeader) -> Event:
         event: Event
-        if header.type == _CHUNK:
+        if header.type == CHUNK:
             event = ChunkArrived(header, self._target, None if self._hasher is None else self._hasher.intdigest())
         else:
             assert self._target is not None

@@ -72,7 +72,7 @@ class FrameType(enum.IntEnum):
     LINK = 15
 
 
-_CHUNK = int(FrameType.CHUNK)
+CHUNK = int(FrameType.CHUNK)
 """Compared for each chunk; an enum's member is an attribute away."""
 
 Buffer = bytes | bytearray | memoryview
@@ -305,7 +305,7 @@ def encode_chunk_header(
     `checksum` of it. `copy`: how many lanes have been lost with this chunk, so that the receiver knows which of two
     copies is the newer."""
     return _checked(
-        MAGIC, VERSION, _CHUNK, 0, codec, copy, wire_bytes, transfer, *place, raw_bytes, sequence, check
+        MAGIC, VERSION, CHUNK, 0, codec, copy, wire_bytes, transfer, *place, raw_bytes, sequence, check
     )  # fmt: skip
 
 
@@ -345,7 +345,7 @@ def parse_header(data: Buffer) -> FrameHeader:
         raise ProtocolError(f"frame version {header.version}; this side speaks {SUPPORTED_VERSIONS}")
     if xxhash.xxh3_64_intdigest(data[:_CHECKED_BYTES]) != header.header_check:
         raise ProtocolError(f"a frame's header was damaged on its way (its type reads {header.type})")
-    if header.type == _CHUNK:
+    if header.type == CHUNK:
         _check_chunk(header)
     elif header.type not in _DECODERS:
         raise ProtocolError(f"frame type {header.type} is unknown or reserved in version {VERSION}")

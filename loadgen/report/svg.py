@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, Protocol
 
 WIDTH, HEIGHT = 720, 340
 WIDE = 1440
@@ -21,6 +21,14 @@ ROW_PX = 9
 FEW_DOTS = 400
 
 Numbers = Sequence[float]
+
+
+class Points(Protocol):
+    @property
+    def x(self) -> Numbers: ...
+
+    @property
+    def y(self) -> Numbers: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Plot:
             ]
         for i, series in enumerate(self.series):
             colour = series.colour or COLOURS[i % len(COLOURS)]
-            for run in _runs(series, self.log_x, y_high):
+            for run in runs(series, self.log_x, y_high):
                 points = [place(*point) for point in run]
                 parts += _dots(points, colour) if series.look == "dots" else [_line(points, colour, series.look)]
         names = [(s.name, s.colour or COLOURS[i % len(COLOURS)]) for i, s in enumerate(self.series)]
@@ -186,15 +194,15 @@ def _frame(title: str, width: int, height: int, x_name: str) -> list[str]:
     ]
 
 
-def _runs(series: Series, log_x: bool, y_high: float) -> list[list[tuple[float, float]]]:
+def runs(series: Points, log_x: bool, y_high: float) -> list[list[tuple[float, float]]]:
     """Pieces without gaps."""
-    runs: list[list[tuple[float, float]]] = [[]]
+    made: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(series.x, series.y, strict=True):
         if math.isfinite(x) and math.isfinite(y) and y <= y_high * 1.0001 and (x > 0 or not log_x):
-            runs[-1].append((x, y))
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
+            made[-1].append((x, y))
+        elif made[-1]:
+            made.append([])
+    return [run for run in made if run]
 
 
 def _line(points: list[tuple[float, float]], colour: str, look: str) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prfaas.common.command_line import Parser
 from prfaas.common.errors import UsageError
 from prfaas.services.commands.capture_kv import add_prompt_flags, capture_text, load_model
-from prfaas.services.commands.flags import Parser, new_parser, whole
+from prfaas.services.commands.flags import new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.commands.prompt_source import read_text
 

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+from prfaas.common.command_line import Parser
 from prfaas.common.config import MIB
 from prfaas.common.errors import UsageError
 from prfaas.services.commands.bench_load import MODEL_VARIABLE
-from prfaas.services.commands.flags import Parser, new_parser, whole
+from prfaas.services.commands.flags import new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.model_store import ensure_model
 

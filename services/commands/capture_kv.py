@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prfaas.common.command_line import Parser
 from prfaas.common.errors import UsageError
 from prfaas.common.kv_layout import MAX_TOKENS
-from prfaas.services.commands.flags import Parser, new_parser, whole
+from prfaas.services.commands.flags import new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.commands.prompt_source import prompt_tokens, read_text
 from prfaas.services.model_store import Progress, ensure_model

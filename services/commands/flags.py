@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import shutil
 import sys
@@ -15,25 +14,12 @@ import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from prfaas.common import config as settings
+from prfaas.common.command_line import Parser
 from prfaas.common.config import Config
 from prfaas.common.errors import ConfigError, UsageError
-
-EXIT_USAGE = 2
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line with a mend."""
-
-    def error(self, message: str) -> NoReturn:
-        words = [w for w in message.split() if w.startswith("--")]
-        known = [flag for action in self._actions for flag in action.option_strings]
-        wrong = words[0].split("=")[0].rstrip(":,") if words else ""
-        close = [] if wrong in known else difflib.get_close_matches(wrong, known, n=1)
-        mend = f"did you mean {close[0]}?" if close else f"try {self.prog} --help"
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; {mend}\n")
 
 
 def new_parser(prog: str, description: str, example: str = "") -> Parser:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prfaas.common.command_line import Parser
 from prfaas.common.config import FLAG_ALIASES, EngineConfig
 from prfaas.common.errors import UsageError
 from prfaas.common.kv_layout import MAX_TOKENS
 from prfaas.services.commands.capture_kv import check_writable
-from prfaas.services.commands.flags import Parser, add_config_flags, load_config, new_parser, whole
+from prfaas.services.commands.flags import add_config_flags, load_config, new_parser, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.commands.serve import with_engine_model
 

@@ -29,8 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prfaas.common.command_line import Parser
 from prfaas.services.commands.bench_peers import kv_like
-from prfaas.services.commands.flags import Parser, new_parser, number, whole
+from prfaas.services.commands.flags import new_parser, number, whole
 
 from tests.benchmarks.peers import faults, kinds, report, running
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from prfaas.common.command_line import Parser
 from prfaas.common.errors import SetupError
 from prfaas.common.kv_layout import MAX_TOKENS
 from prfaas.services.commands.demo import report, show
@@ -23,7 +24,7 @@ from prfaas.services.commands.demo.cluster import Cluster, Plan, get_json, runni
 from prfaas.services.commands.demo.prompt import QUESTION, build_prompt
 from prfaas.services.commands.demo.report import Run
 from prfaas.services.commands.demo.timeline import read_run
-from prfaas.services.commands.flags import Parser, new_parser, number, whole
+from prfaas.services.commands.flags import new_parser, number, whole
 from prfaas.services.commands.progress import progress_bar
 from prfaas.services.model_store import ensure_model
 from rich.console import Console

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
-from prfaas.loadgen.plan.plots import Line, LinePlot, log_ticks, nice_ticks, short
+from prfaas.loadgen.plan.plots import Line, LinePlot, short
+from prfaas.loadgen.report.svg import log_ticks, ticks
 
 
 def test_ticks_are_round_and_cover_the_axis() -> None:
-    assert nice_ticks(3.4) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
-    assert nice_ticks(100) == [0, 20, 40, 60, 80, 100]
+    assert ticks(3.4) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert ticks(100) == [0, 20, 40, 60, 80, 100]
     assert log_ticks(128, 131072)[:3] == [200, 500, 1000]
     assert short(20000) == "20K"
 
 
 @pytest.mark.parametrize("high", [1e-6, 0.7, 1, 7, 12345, 1e9])
 def test_there_are_four_to_eleven_ticks(high: float) -> None:
-    assert 4 <= len(nice_ticks(high)) <= 11
+    assert 4 <= len(ticks(high)) <= 11
 
 
 def test_a_value_that_is_not_finite_or_too_high_leaves_a_gap() -> None:
