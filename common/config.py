@@ -261,6 +261,18 @@ class EngineConfig:
     kv_heads: int = setting(2, "emulated: KV heads", _between(1, 1024))
     head_dim: int = setting(64, "emulated: head dimension", _between(1, 65536))
     state_bytes: int = setting(0, "emulated: recurrent state a layer", _between(0, 1 << 30))
+    bytes_scale: float = setting(1.0, "emulated: multiplies the KV bytes of the profile", _between(1e-6, 1))
+    profile: str = setting(
+        "",
+        "a shipped profile's name or a file that `prfaas profile` wrote: what routers expect of this node, "
+        "and what the emulated engine emulates",
+    )
+    prefix_bytes: int = setting(
+        256 * MIB,
+        "host memory for the KV of prefixes that later prompts may share; 0 = none is kept",
+        _between(0, 1 << 44),
+    )
+    prefix_block_tokens: int = setting(64, "tokens a prefix block; the same on all nodes", _between(16, 4096))
     max_model_tokens: int = setting(
         0, "longest prompt + output; 0 = the model's own (emulated: 262144)", _between(0, 1 << 24)
     )

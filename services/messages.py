@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any
 
 import msgspec
+from prfaas.common.prefixcache.events import EventBatch
 from prfaas.transport.api import LinkEstimate
 
 
@@ -34,6 +35,8 @@ class LoadMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     running_requests: int = 0
     context_tokens: int = 0
     free_kv_bytes: int = 0
+    max_requests: int = 0
+    """A node with so many is full; 0: no such bound."""
 
 
 class LinkMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,6 +84,14 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """The tokenizer's directory as the node sees it, for information."""
     links: list[LinkMessage] = []
     """What its KV sessions have measured of the ways to its peers."""
+    prefix_block_tokens: int = 0
+    """Of its prefix pool's blocks; 0: it has no pool. All nodes of a cluster have blocks of one size."""
+    prefix_events: EventBatch | None = None
+    """What its prefix pool has taken in and given up since the last acknowledged batch."""
+    profile_id: str = ""
+    """Of the node's NodeProfile: a hash of its file's bytes; "": it has none."""
+    profile: str = ""
+    """The file itself (common/perfmodel/profiles.py), sent when the last answer wanted it."""
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -97,6 +108,10 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     answered_s: float
     peers: list[Peer]
     """Nodes of the other role: sessions to them are opened before they are needed."""
+    prefix_next: int | None = None
+    """The number of the prefix event that is wanted next, or events.RESTART; None: the heartbeat had none."""
+    wants_profile: bool = False
+    """This router doesn't know the profile with this id."""
 
 
 class SamplingMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -138,7 +153,8 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     local_prefill: bool = False
     prefill_node: str = ""
     """Who may present the ticket."""
-    token_start: int = 0
+    tenant: str = ""
+    """Whose cached prefixes may be used (prefixcache/hashes.py)."""
     output_token_ids: list[int] = []
     text_offset: int = 0
     """Characters of the text of output_token_ids that the client has already."""
@@ -151,7 +167,17 @@ class TicketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     ticket: str
     kv_addresses: list[KvAddressMessage]
     token_start: int
+    """Tokens before it are in the decode node's own pool, and pinned from now on."""
     token_end: int
+
+
+class FetchFrom(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A node of another region that holds more of the prompt than the prefill node's own pool."""
+
+    node: str
+    kv_addresses: list[KvAddressMessage]
+    tokens: int
+    """It holds [0, tokens)."""
 
 
 class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -162,6 +188,8 @@ class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
     ticket: str
     kv_addresses: list[KvAddressMessage]
     timeout_s: float | None = None
+    tenant: str = ""
+    fetch: FetchFrom | None = None
 
 
 class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -172,6 +200,13 @@ class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):
     ended_s: float
     raw_bytes: int
     wire_bytes: int
+    held_tokens: int = 0
+    """Prefix that was not computed: it was in the node's pool, or was fetched into it."""
+    fetched_tokens: int = 0
+    """Of these, what came from another region, …"""
+    fetched_wire_bytes: int = 0
+    fetch_failed: str = ""
+    """… or why nothing came, in one word: the prefix was computed instead."""
 
 
 class DecodeNodeTimeline(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -194,6 +229,8 @@ class DecodeNodeTimeline(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_raw_bytes: int = 0
     kv_wire_bytes: int = 0
     local_prefill: bool = False
+    held_tokens: int = 0
+    """Prefix that this node had in its own pool, and that nobody sent."""
     clock_offset_s: float = 0.0
     """router_monotonic − decode_monotonic, ± router_clock_error_s: the router maps all of the above with it."""
     router_clock_error_s: float = 0.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from prfaas.common import log
 from prfaas.common.config import NodeConfig
-from prfaas.common.errors import RequestError, TransferError, UnsupportedError
+from prfaas.common.errors import RequestError, TransferError
 from prfaas.common.kv_layout import TokenRange
 from prfaas.common.metrics import NodeMetrics
 from prfaas.services.decode.openai_format import ChunkFormat, WholeFormat
@@ -102,8 +102,6 @@ class DecodeService:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if call.token_start != 0:
-            raise UnsupportedError("this node holds no prefix of the prompt: token_start must be 0")
 
 
 @dataclass(slots=True)

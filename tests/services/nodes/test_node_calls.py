@@ -255,7 +255,6 @@ async def test_calls_without_the_secret_are_refused(cluster: Any, make_call: Any
         ({"max_output_tokens": 1 << 20}, "max_tokens"),
         ({"prompt_token_ids": [1] * 262_144}, "max_tokens"),
         ({"prompt_token_ids": [1] * 100_000}, "max_tokens"),
-        ({"token_start": 5}, None),
     ],
 )
 async def test_what_can_be_known_at_once_is_a_400(cluster: Any, make_call: Any, change: Any, param: str | None) -> None:
