@@ -115,6 +115,10 @@ class ClusterSnapshot:
     that has passed: there is one."""
     max_inflight_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """A node with so many is full."""
+    decoding_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """In the batch of a decode node now. It and the next are for the slow planner; no policy looks at them."""
+    waiting_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """On a decode node with all their KV, for want of a place in its batch."""
     links: LinkColumns = field(default_factory=lambda: LinkColumns.none(0))
     now_s: float = 0.0
     layout_version: int = 0

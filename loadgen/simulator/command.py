@@ -113,12 +113,13 @@ def _write_results(path: Path, traces: Path | None, seeds: int, requests: int, a
     check_writable(args, ("results",))
     paper = _with_progress(seeds, requests)
     made = list(results.summaries(wanted, _progress))
-    page = results.document(made, paper, traces_given=found is not None)
+    drifted = list(results.drift_summaries(_progress))
+    page = results.document(made, drifted, paper, traces_given=found is not None)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--results {path}: {error.strerror}") from None
-    _print(args.json, {"paper": paper, "scenarios": made}, f"wrote {path}")
+    _print(args.json, {"paper": paper, "scenarios": made, "drifts": drifted}, f"wrote {path}")
 
 
 def _print(as_json: bool, made: dict[str, Any], words: str) -> None:
