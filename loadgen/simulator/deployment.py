@@ -61,12 +61,13 @@ class Deployment:
         threshold = "" if self.threshold_tokens is None else f", threshold {self.threshold_tokens:,.0f} tokens"
         return f"{nodes}; {self.policy_name}{threshold}"
 
-    def run(self, workload: Workload) -> Outcome:
-        """One run; an adaptive policy is given a tick a second."""
+    def run(self, workload: Workload) -> tuple[Outcome, list[str]]:
+        """One run, and a line for each conversion that the slow planner made in it; an adaptive policy is given a tick
+        a second."""
         policy = self.policy()
         adapt = getattr(policy, "adapt", None)
         caches = self._caches(workload)
-        return Simulation(
+        simulation = Simulation(
             self.cluster,
             _load(workload),
             CacheBlind(policy) if self.cache_blind else policy,
@@ -76,7 +77,14 @@ class Deployment:
             caches=caches,
             on_tick=adapt,
             slow=self._slow_planner(),
-        ).run()
+        )
+        outcome = simulation.run()
+        names = simulation.snapshot.region_names
+        return outcome, [
+            f"{at_s:,.0f} s, {names[made.home_region]}: {made.sentence()}"
+            for at_s, made in simulation.slow_decisions
+            if made.to_prefill
+        ]
 
     def _slow_planner(self) -> SlowPlanner | None:
         if not self.replan_every_s:
