@@ -117,12 +117,23 @@ def test_a_step_is_due_once_a_period_and_only_after_a_look():
 
 
 def test_a_threshold_that_is_nearly_the_same_is_no_news():
-    """The fast policy would start anew from it."""
+    """The fast policy would start anew from it; another split's is far enough away."""
     made = planner()
     first = decide(made, cluster(3, 5))
-    assert first.threshold_tokens is not None
-    assert decide(made, cluster(3, 5, now_s=120.0)).threshold_tokens is None
+    assert first.threshold_tokens == first.plan.threshold_tokens
+    for tokens in paper_lengths(30):
+        made.arrived(60.0, 2 * tokens, 1024, tokens, HOME)
+    second = decide(made, cluster(3, 5, now_s=120.0))
+    assert 0 < abs(second.plan.threshold_tokens / first.plan.threshold_tokens - 1) < 0.1
+    assert second.threshold_tokens is None
     assert decide(made, cluster(6, 2, now_s=180.0)).threshold_tokens is not None
+
+
+def test_looks_before_a_step_are_not_averaged_again():
+    """Busy in one period, idle in the next."""
+    made = planner()
+    assert decide(made, cluster(prefill_wait_s=10.0, running=20)).prefill.utilisation == 1.0
+    assert decide(made, cluster(now_s=120.0)).prefill.utilisation == 0.0
 
 
 def test_what_keeps_it_from_planning_is_said():

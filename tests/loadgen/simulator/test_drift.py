@@ -4,11 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from prfaas.common.scheduling.policies import AdaptiveThreshold
+from prfaas.common.scheduling.policies import ADMIT_ALL, AdaptiveThreshold, HomogeneousPd
 from prfaas.common.scheduling.slow_planner import SlowPlanner
 from prfaas.loadgen.simulator import drift
+from prfaas.loadgen.simulator.cluster import NodesLost
 from prfaas.loadgen.simulator.columns import DONE, REFUSED
 from prfaas.loadgen.simulator.simulation import Simulation
+
+from tests.loadgen.simulator.nodes import load, two_regions
 
 DRIFTS = {each.scenario.name: each for each in drift.drifts()}
 
@@ -58,6 +61,16 @@ def test_no_request_is_lost_in_a_conversion():
     np.testing.assert_array_equal(outcome.end_s[refused], outcome.arrival_s[refused])
     assert not outcome.retries.any()
     assert not simulation.snapshot.inflight_requests.any()
+
+
+def test_a_request_that_is_routed_again_is_no_new_demand():
+    """Half the home nodes die under their requests, which go elsewhere: each counts once."""
+    slow = SlowPlanner()
+    requests = load(np.arange(40) / 10)
+    lost = [NodesLost(2.0, "home", 0.5)]
+    made = Simulation(two_regions(2, 2), requests, HomogeneousPd(ADMIT_ALL), lost, slow=slow).run()
+    assert made.retries.sum() > 0
+    assert len(slow._arrivals) == 40
 
 
 def test_the_same_seed_is_the_same_run():
