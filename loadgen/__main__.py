@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+from prfaas.common import command_line
 from prfaas.common.command_line import EXIT_USAGE, Parser
-from prfaas.common.errors import ConfigError, PrfaasError, UsageError
-
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 HELP = """\
 usage: prfaas-loadgen COMMAND [flags]
@@ -61,38 +55,21 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 called wrongly or not feasible, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    return command_line.run(" ".join(["prfaas-loadgen", *arguments[:1]]), _run, arguments)
+
+
+def _run(given: Sequence[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
-        return 0 if arguments else EXIT_USAGE
-    if arguments[0] in ("-V", "--version"):
+        return 0 if given else EXIT_USAGE
+    if given[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         sys.stdout.write(f"prfaas-loadgen {version('prfaas')}\n")
         return 0
-    name = arguments[0]
-    try:
-        return _run(name, arguments[1:])
-    except ConfigError as error:
-        return _failed(name, error.problems, EXIT_USAGE)
-    except UsageError as error:
-        return _failed(name, [str(error)], EXIT_USAGE)
-    except (PrfaasError, TimeoutError) as error:
-        return _failed(name, [str(error) or type(error).__name__], EXIT_FAILURE)
-    except BrokenPipeError:
-        # The reader of our output went away; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
-    except OSError as error:
-        return _failed(name, [str(error)], EXIT_FAILURE)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-
-
-def _run(name: str, arguments: Sequence[str]) -> int:
+    name, arguments = given[0], given[1:]
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        mend = f"did you mean prfaas-loadgen {close[0]}?" if close else "try prfaas-loadgen --help"
-        raise UsageError(f"no such command; {mend}")
+        raise command_line.no_such_command("prfaas-loadgen", name, COMMANDS)
     command = cast("Command", importlib.import_module(COMMANDS[name]))
     parser = Parser(
         prog=f"prfaas-loadgen {name}",
@@ -111,12 +88,6 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         command.add_arguments(parser)
     parser.add_argument("--help-all", action="help", help="every flag" if has_rarer else argparse.SUPPRESS)
     return command.run(parser.parse_args(arguments))
-
-
-def _failed(name: str, problems: Sequence[str], status: int) -> int:
-    for problem in problems:
-        sys.stderr.write(f"prfaas-loadgen {name}: {problem}\n")
-    return status
 
 
 if __name__ == "__main__":

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TextIO
 
+from prfaas.common import command_line
 from prfaas.common.command_line import EXIT_USAGE
-from prfaas.common.errors import ConfigError, PrfaasError, UsageError
-
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+from prfaas.common.errors import UsageError
 
 HELP = """\
 usage: prfaas COMMAND [flags]
@@ -141,47 +134,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 called or configured wrongly, 130 interrupted."""
-    _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = _name(arguments)
-    try:
-        return _flushed(_run, arguments)
-    except ConfigError as error:
-        return _failed(name, error.problems, EXIT_USAGE)
-    except UsageError as error:
-        return _failed(name, [str(error)], EXIT_USAGE)
-    except (PrfaasError, TimeoutError) as error:
-        return _failed(name, [str(error) or type(error).__name__], EXIT_FAILURE)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("prfaas"):
-            raise
-        return _failed(name, [f"{error.name} is not installed; the mend: pip install 'prfaas[torch]'"], EXIT_FAILURE)
-    except BrokenPipeError:
-        _discard(sys.stdout)
-        return EXIT_FAILURE
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            _discard(sys.stdout)
-        return _failed(name, [str(error)], EXIT_FAILURE)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return command_line.run(f"prfaas {_name(arguments)}", _run, arguments)
 
 
 def _name(arguments: Sequence[str]) -> str:
     """Of the command, as it was called: `router`, `bench codec`."""
     words = arguments[: 2 if arguments[:1] in (["bench"], ["certs"]) else 1]
     return " ".join(word for word in words if word[:1] != "-") or " ".join(words)
-
-
-def _flushed(run: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """A full disk shows now, while it can be told, and not at exit. `--help` leaves by SystemExit."""
-    try:
-        status = run(arguments)
-    except SystemExit:
-        sys.stdout.flush()
-        raise
-    sys.stdout.flush()
-    return status
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -193,39 +153,9 @@ def _run(arguments: Sequence[str]) -> int:
 
         sys.stdout.write(f"prfaas {version('prfaas')}\n")
         return 0
-    return _command(arguments[0])(arguments[1:])
-
-
-def _open_closed_streams() -> None:
-    """Or the first socket takes the place of a standard error that the caller has closed, and a peer gets the log."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - until the process ends
-
-
-def _discard(stream: TextIO) -> None:
-    """What is still buffered can't be written; Python would complain once more, and end with 120, when it flushes at
-    exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _command(name: str) -> Callable[[Sequence[str]], int]:
-    if name in COMMANDS:
-        return COMMANDS[name]
-    import difflib
-
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    raise UsageError(f"no such command; {f'did you mean prfaas {close[0]}?' if close else 'try prfaas --help'}")
-
-
-def _failed(name: str, problems: Sequence[str], status: int) -> int:
-    try:
-        for problem in problems:
-            sys.stderr.write(f"prfaas {name}: {problem}\n")
-        sys.stderr.flush()
-    except OSError:
-        _discard(sys.stderr)
-    return status
+    if arguments[0] not in COMMANDS:
+        raise command_line.no_such_command("prfaas", arguments[0], COMMANDS)
+    return COMMANDS[arguments[0]](arguments[1:])
 
 
 if __name__ == "__main__":

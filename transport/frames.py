@@ -21,11 +21,14 @@ import enum
 import struct
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 import xxhash
 from prfaas.common.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from prfaas.transport.lanes.api import Buffer
 
 MAGIC = 0x4B50  # "PK" on the wire
 VERSION = 1
@@ -75,7 +78,6 @@ class FrameType(enum.IntEnum):
 CHUNK = int(FrameType.CHUNK)
 """Compared for each chunk; an enum's member is an attribute away."""
 
-Buffer = bytes | bytearray | memoryview
 B = TypeVar("B", bound="Body")
 
 

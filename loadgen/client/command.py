@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from prfaas.common.command_line import EXIT_FAILURE, EXIT_INTERRUPTED
 from prfaas.common.errors import ConfigError
 from prfaas.loadgen.client.endpoint import Endpoint, Kind, base_url
 from prfaas.loadgen.client.live import LiveRun, run_live
@@ -31,8 +32,6 @@ examples:
   prfaas-loadgen run --url http://127.0.0.1:8000 --request-rate 2 --num-prompts 100
   prfaas-loadgen run --dataset-name mooncake_trace --dataset-path t.jsonl --speedup 4 --html run.html"""
 SHOWS_ALL = True
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 600.0
 MAX_TIMEOUT_S = 7 * 86_400.0

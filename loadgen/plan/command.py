@@ -12,6 +12,7 @@ from typing import Any
 
 from prfaas.common.errors import InfeasibleError, UsageError
 from prfaas.common.perfmodel.profiles import NodeProfile
+from prfaas.common.perfmodel.throughput import kv_throughput, role_imbalance, threshold_imbalance
 from prfaas.common.scheduling.planner import Plan, plan, require
 from prfaas.loadgen.plan import case_paper, case_public, page, purchase, sensitivity, text, workload
 from prfaas.loadgen.plan.inputs import Inputs, read
@@ -97,6 +98,9 @@ def report(inputs: Inputs, best: Plan) -> dict[str, Any]:
             "bottleneck": best.bottleneck,
             "decode_batch": best.decode_batch,
             "decode_step_s": best.decode_step_s,
+            "kv_gbps_per_node": _kv_gbps(inputs, best),
+            "threshold_imbalance": _threshold_imbalance(best),
+            "role_imbalance": role_imbalance(best.theta_prfaas, best.theta_pd_prefill, best.theta_pd_decode),
         },
         "cost": {
             "rate_per_s": rate,
@@ -108,6 +112,22 @@ def report(inputs: Inputs, best: Plan) -> dict[str, Any]:
         "sensitivity": sensitivity.report(sensitivity.rows(inputs, best), best),
         "notes": notes(inputs),
     }
+
+
+def _kv_gbps(inputs: Inputs, best: Plan) -> float | None:
+    """Equation 1 at the mean offloaded length: what one busy node of the prefill region sends."""
+    length = best.mean_long_tokens
+    if not inputs.offload or not math.isfinite(length):
+        return None
+    profile = inputs.far.profile
+    return kv_throughput(profile.kv_bytes.at(length), profile.prefill_s.at(length)) * 8e-9
+
+
+def _threshold_imbalance(best: Plan) -> float | None:
+    """Equation 7; None where one side gets no requests."""
+    if not 0 < best.share_offloaded < 1:
+        return None
+    return float(threshold_imbalance(best.theta_prfaas, best.share_offloaded, best.theta_pd_prefill))
 
 
 def _inputs(inputs: Inputs) -> dict[str, Any]:

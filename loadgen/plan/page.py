@@ -9,7 +9,7 @@ import numpy as np
 from prfaas.common.scheduling.planner import Plan, legs
 from prfaas.loadgen.plan import sensitivity
 from prfaas.loadgen.plan.inputs import Inputs
-from prfaas.loadgen.plan.plots import Line, LinePlot
+from prfaas.loadgen.report.svg import Plot, Series
 
 _POINTS = 200
 _SPLITS = 100
@@ -22,7 +22,7 @@ svg { width: 100%; height: auto; margin: 1rem 0; }
 """
 
 
-def page(title: str, text: str, plots: list[LinePlot]) -> str:
+def page(title: str, text: str, plots: list[Plot]) -> str:
     """`text` as it is in the terminal, then the plots."""
     drawn = "\n".join(plot.svg() for plot in plots)
     return (
@@ -32,7 +32,7 @@ def page(title: str, text: str, plots: list[LinePlot]) -> str:
     )
 
 
-def plots(inputs: Inputs, base: Plan) -> list[LinePlot]:
+def plots(inputs: Inputs, base: Plan) -> list[Plot]:
     """Λ over the threshold with the three stages, over the link, and over the split."""
     made = []
     if inputs.offload:
@@ -40,18 +40,18 @@ def plots(inputs: Inputs, base: Plan) -> list[LinePlot]:
     numbers = sorted({int(n) for n in np.linspace(0, inputs.home.nodes - 1, min(inputs.home.nodes, _SPLITS))})
     if len(numbers) > 1:
         made.append(
-            LinePlot(
+            Plot(
                 "Throughput over the split of the home region",
                 f"home nodes that prefill, of {inputs.home.nodes} (each with its best threshold)",
                 "Λ_max, requests/s",
-                [Line("Λ_max", numbers, sensitivity.over_split(inputs, numbers))],
+                [Series("Λ_max", numbers, sensitivity.over_split(inputs, numbers))],
                 mark=(base.n_prefill, f"{base.n_prefill} : {base.n_decode}"),
             )
         )
     return made
 
 
-def _by_threshold(inputs: Inputs, base: Plan) -> LinePlot:
+def _by_threshold(inputs: Inputs, base: Plan) -> Plot:
     lengths = inputs.demand.uncached
     low, high = max(lengths.low, 1.0), max(lengths.high, lengths.low + 1, 2.0)
     grid = np.geomspace(low, high, _POINTS)
@@ -59,14 +59,14 @@ def _by_threshold(inputs: Inputs, base: Plan) -> LinePlot:
     decode = np.full(grid.size, found.pd_decode)
     x = grid.tolist()
     mark = (base.threshold_tokens, f"{base.threshold_tokens:,.0f} tokens") if base.threshold_tokens > 0 else None
-    return LinePlot(
+    return Plot(
         f"What limits the rate at each threshold ({base.n_prefill} prefill and {base.n_decode} decode nodes at home)",
         "threshold, tokens of uncached length",
         "requests/s of the whole system; the lowest line counts",
         [
-            Line("prefill region, with its link", x, found.prfaas.tolist()),
-            Line("prefill at home", x, found.pd_prefill.tolist()),
-            Line("decode at home", x, decode.tolist()),
+            Series("prefill region, with its link", x, found.prfaas.tolist()),
+            Series("prefill at home", x, found.pd_prefill.tolist()),
+            Series("decode at home", x, decode.tolist()),
         ],
         log_x=True,
         y_top=2.2 * base.lambda_max,
@@ -74,14 +74,14 @@ def _by_threshold(inputs: Inputs, base: Plan) -> LinePlot:
     )
 
 
-def _by_link(inputs: Inputs) -> LinePlot:
+def _by_link(inputs: Inputs) -> Plot:
     now = inputs.far.link.gbps or 100.0
     gbps = np.geomspace(now / 100, now * 4, 60).tolist()
-    return LinePlot(
+    return Plot(
         "Throughput over the link",
         "Gbit/s between the regions (each with its best threshold and split)",
         "Λ_max, requests/s",
-        [Line("Λ_max", gbps, sensitivity.over_link(inputs, gbps))],
+        [Series("Λ_max", gbps, sensitivity.over_link(inputs, gbps))],
         log_x=True,
         mark=(now, f"{now:g} Gbps"),
     )

@@ -21,6 +21,7 @@ NAMES = {
     "request_latency": "e2e_s",
 }
 ROUNDING_S = 1e-9
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +35,22 @@ class Objective:
     ttft_prefills: float = 0.0
 
     def met(self, records: Records) -> NDArray[np.bool_]:
-        """Which requests were answered within all limits, shape [n]. A single token has no TPOT to miss."""
-        met = records.ok
-        if self.ttft_s is not None:
-            limit_s = np.fmax(self.ttft_s, self.ttft_prefills * records.prefill_s)
-            met = met & (ttft_s(records) <= limit_s + ROUNDING_S)
-        if self.tpot_s is not None:
-            gap_s = tpot_s(records)
-            met = met & (np.isnan(gap_s) | (gap_s <= self.tpot_s + ROUNDING_S))
+        """Which requests were answered within all limits, shape [n]."""
+        found = records.ok & self.within(ttft_s(records), tpot_s(records), records.prefill_s)
         if self.e2e_s is not None:
-            met = met & (e2e_s(records) <= self.e2e_s + ROUNDING_S)
-        return met
+            found = found & (e2e_s(records) <= self.e2e_s + ROUNDING_S)
+        return found
+
+    def within(self, ttft_s: Floats, tpot_s: Floats, prefill_s: Floats) -> NDArray[np.bool_]:
+        """Whose first token and gaps are within their limits, shape [n] as the arguments. A single token has no TPOT to
+        miss (NaN); no first token misses."""
+        found = np.ones(ttft_s.shape, np.bool_)
+        if self.ttft_s is not None:
+            limit_s = np.fmax(self.ttft_s, self.ttft_prefills * prefill_s)
+            found &= ttft_s <= limit_s + ROUNDING_S
+        if self.tpot_s is not None:
+            found &= np.isnan(tpot_s) | (tpot_s <= self.tpot_s + ROUNDING_S)
+        return found
 
     def __bool__(self) -> bool:
         return any(limit is not None for limit in (self.ttft_s, self.tpot_s, self.e2e_s))
@@ -97,6 +103,10 @@ def e2e_s(records: Records) -> NDArray[np.float64]:
 
 def tpot_s(records: Records) -> NDArray[np.float64]:
     """(last token − first token) / (output tokens − 1); NaN below two tokens."""
-    gaps = (records.output_tokens - 1).astype(np.float64)
-    spread_s = records.last_token_s - records.first_token_s
-    return np.asarray(np.divide(spread_s, gaps, out=np.full(gaps.shape, np.nan), where=gaps > 0), np.float64)
+    return mean_gap_s(records.first_token_s, records.last_token_s, records.output_tokens)
+
+
+def mean_gap_s(first_s: Floats, last_s: Floats, output_tokens: NDArray[np.int64]) -> Floats:
+    """TPOT of columns of instants and counts, shape [n]; NaN below two tokens."""
+    gaps = (output_tokens - 1).astype(np.float64)
+    return np.asarray(np.divide(last_s - first_s, gaps, out=np.full(gaps.shape, np.nan), where=gaps > 0), np.float64)

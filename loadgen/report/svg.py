@@ -54,6 +54,8 @@ class Plot:
     log_x: bool = False
     y_top: float | None = None
     """What is above it is cut off; None: all is shown."""
+    mark: tuple[float, str] | None = None
+    """An x to point out, with its word."""
 
     def svg(self) -> str:
         """One <svg> element."""
@@ -82,6 +84,8 @@ class Plot:
             for run in runs(series, self.log_x, y_high):
                 points = [place(*point) for point in run]
                 parts += _dots(points, colour) if series.look == "dots" else [_line(points, colour, series.look)]
+        if self.mark is not None and x_low <= self.mark[0] <= x_high:
+            parts += _mark(place(self.mark[0], 0)[0], self.mark[1])
         names = [(s.name, s.colour or COLOURS[i % len(COLOURS)]) for i, s in enumerate(self.series)]
         return "\n".join([*parts, *(legend(names, WIDTH) if len(names) > 1 else []), "</svg>"])
 
@@ -203,6 +207,15 @@ def runs(series: Points, log_x: bool, y_high: float) -> list[list[tuple[float, f
         elif made[-1]:
             made.append([])
     return [run for run in made if run]
+
+
+def _mark(x: float, words: str) -> list[str]:
+    near_end = x > WIDTH * 0.7
+    return [
+        f'<line x1="{x:.1f}" y1="{TOP:.1f}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM:.1f}" stroke="currentColor"'
+        ' stroke-dasharray="5 4"/>',
+        text(x + (-5 if near_end else 5), TOP + 12, words, "end" if near_end else "start"),
+    ]
 
 
 def _line(points: list[tuple[float, float]], colour: str, look: str) -> str:

@@ -158,7 +158,8 @@ def _n(value: float | None, digits: int = 1) -> str:
 
 
 def _ms(value_s: float | None) -> str:
-    return NONE if value_s is None else f"{value_s * 1e3:,.1f}"
+    # Adding 0 makes of what rounds to −0 a plain one.
+    return NONE if value_s is None else f"{round(value_s * 1e3, 1) + 0.0:,.1f}"
 
 
 def _percent(share: float | None) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from prfaas.common.errors import UsageError
-from prfaas.loadgen.report.objective import Objective
 from prfaas.loadgen.report.outputs import add_output_arguments, check_writable, objective_from, put_out
 from prfaas.loadgen.report.plots import Run
 from prfaas.loadgen.simulator import case_paper, results
 from prfaas.loadgen.simulator.deployment import add_deployment_arguments, deployment_from
+from prfaas.loadgen.simulator.measures import OBJECTIVE
 from prfaas.loadgen.simulator.outcome_records import records
 from prfaas.loadgen.simulator.trace_scenario import find
 from prfaas.loadgen.workloads.flags import add_workload_arguments
@@ -28,8 +28,6 @@ examples:
   prfaas-loadgen simulate --case paper
   prfaas-loadgen simulate --request-rate 2.5 --num-prompts 5000 --link-gbps 10
   prfaas-loadgen simulate --results docs/results.md --traces traces/"""
-OBJECTIVE = Objective(ttft_s=10.0, tpot_s=0.0275, ttft_prefills=2.0)
-"""Of goodput, where --goodput names no other: what the policies admit by."""
 MAX_SEEDS = 1000
 MAX_REQUESTS = 1_000_000
 MIN_REQUESTS = 10

@@ -25,7 +25,7 @@ from prfaas.common.scheduling.types import AdmittingPolicy, ClusterSnapshot
 from prfaas.loadgen.simulator.caches import CacheBlind
 from prfaas.loadgen.simulator.case_paper import HOME
 from prfaas.loadgen.simulator.columns import DONE, Load, Outcome
-from prfaas.loadgen.simulator.measures import Objective, goodput, offered, ttft_s
+from prfaas.loadgen.simulator.measures import OBJECTIVE, goodput, offered, ttft_s
 from prfaas.loadgen.simulator.scenarios import Scenario
 from prfaas.loadgen.simulator.simulation import Simulation
 
@@ -35,7 +35,6 @@ STATIC_FACTORS = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.8, 4.0)
 PHASE_FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)
 PRICED = ((8.0, 0.3), (8.0, 0.0), (2.0, 0.3))
 """(price, spill) of the clairvoyant's priced schedules."""
-OBJECTIVE = Objective()
 
 
 @dataclass(slots=True)

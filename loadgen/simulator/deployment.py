@@ -34,6 +34,9 @@ from prfaas.loadgen.simulator.trace_scenario import cache_sizes
 from prfaas.loadgen.workloads.schedule import Schedule
 from prfaas.loadgen.workloads.workload import Workload
 
+MOST = 1e12
+"""Above all flags' numbers, whatever their unit."""
+WITH_THRESHOLD = ("adaptive", "static")
 POLICIES = ("adaptive", "static", "homogeneous", "offload-all", "round-robin")
 
 
@@ -132,6 +135,10 @@ def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
     gbps = numbers.number("--link-gbps", args.link_gbps)
     rtt_ms, loss = numbers.number("--link-rtt-ms", args.link_rtt_ms), numbers.number("--link-loss", args.link_loss)
     threshold = None if args.threshold is None else numbers.number("--threshold", args.threshold)
+    if threshold is not None and args.policy not in WITH_THRESHOLD:
+        numbers.problems.append(
+            f"--threshold {args.threshold}: --policy {args.policy} has none; those of {' and '.join(WITH_THRESHOLD)} do"
+        )
     changes = _changes(args, numbers, rtt_ms, loss)
     cache_gib = numbers.number("--cache-gib", args.cache_gib)
     replan_every_s = numbers.number("--replan-every", args.replan_every)
@@ -154,7 +161,7 @@ def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
         "offload-all": lambda: OffloadAll(admission),
         "round-robin": lambda: RoundRobin(admission),
     }
-    has_threshold = args.policy in ("adaptive", "static") and math.isfinite(threshold)
+    has_threshold = args.policy in WITH_THRESHOLD and math.isfinite(threshold)
     return Deployment(
         Cluster(groups, links),
         args.policy,
@@ -246,7 +253,7 @@ class _Numbers:
             value = float(given)
         except ValueError:
             value = math.nan
-        if 0 <= value < 1e12:
+        if 0 <= value < MOST:
             return value
-        self.problems.append(f"{flag} {given} must be a number from 0 on")
+        self.problems.append(f"{flag} {given}: it is a number from 0 to below {MOST:g}")
         return 0.0

@@ -52,8 +52,8 @@ _PARKED = 7
 _INF = float("inf")
 NEVER_S = 1e7
 """A transfer that would take longer than this (four months) has a dead link."""
-IDLE_TICKS = 100
-"""When nobody is there, so many more ticks bring a policy back to rest; then the next one comes with the next event."""
+QUIET_TICKS = 100
+"""When nothing has happened for so many ticks a policy is at rest; the next one comes with the next event."""
 LINK_DEAD = "link_dead"
 _AT_ONCE_S = 1e-9
 
@@ -103,7 +103,7 @@ class Simulation:
     _parked: deque[int] = field(init=False, default_factory=deque)
     _next: int = field(init=False, default=0)
     _live: int = field(init=False, default=0)
-    _idle_ticks: int = field(init=False, default=0)
+    _quiet_ticks: int = field(init=False, default=0)
     _reasons: dict[str, int] = field(init=False, default_factory=dict)
     _reason_codes: dict[str, int] = field(init=False, default_factory=dict)
     _busy_s: float = field(init=False, default=0.0)
@@ -206,12 +206,16 @@ class Simulation:
                 if at_s > self.stop_s:
                     return now_s, True
                 now_s = at_s
+                if kind != _TICK:
+                    self._quiet_ticks = 0
                 handlers[kind](now_s, index, stamp)
             elif arrives_s == _INF or arrives_s > self.stop_s:
                 return now_s, arrives_s < _INF
             elif source is not None:
+                self._quiet_ticks = 0
                 self._take_due(source, arrives_s)
             else:
+                self._quiet_ticks = 0
                 i = self._next
                 self._next = i + 1
                 self._live += 1
@@ -499,13 +503,13 @@ class Simulation:
             self.on_tick(now_s, self.snapshot)
         if self.slow is not None:
             self._step_slow(self.slow, now_s)
-        self._idle_ticks = 0 if self._live else self._idle_ticks + 1
+        self._quiet_ticks += 1
         # There is one tick at a time, so that all that is on the heap are other events.
         next_s = min(self._heap[0][0] if self._heap and self._live else _INF, self._next_arrival_s())
         if next_s == _INF:
             return
         tick_s = now_s + self.tick_s
-        self._push(tick_s if self._idle_ticks < IDLE_TICKS else max(tick_s, next_s), _TICK, 0, 0)
+        self._push(tick_s if self._quiet_ticks < QUIET_TICKS else max(tick_s, next_s), _TICK, 0, 0)
 
     def _next_arrival_s(self) -> float:
         if self.source is not None:

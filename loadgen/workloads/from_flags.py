@@ -288,7 +288,11 @@ def _rate(given: _Given) -> Rate | None:
     if math.isinf(steady.requests_per_s):
         given.problems.append("--request-rate inf has no curve; give the mean rate, or leave it out")
         return None
-    return curve.scaled(steady.requests_per_s / curve.mean())
+    mean = curve.mean()
+    if not mean > 0:
+        given.wrong("rate_curve", "all its rates are 0, so that none can be scaled to --request-rate")
+        return None
+    return _bounded(given, curve.scaled(steady.requests_per_s / mean), "rate_curve")
 
 
 def _bounded(given: _Given, curve: RateCurve, dest: str) -> RateCurve:

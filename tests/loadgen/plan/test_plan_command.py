@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prfaas.common.perfmodel import profiles
 from prfaas.loadgen.__main__ import main as prfaas_loadgen
+from prfaas.loadgen.report import svg
 
 FIGURES = {
     "threshold",
@@ -284,8 +285,8 @@ def test_the_page_stands_alone_and_its_plots_are_sound(
         for line in lines:
             for point in line.attrib["points"].split():
                 x, y = map(float, point.split(","))
-                assert 0 <= x <= 640
-                assert 0 <= y <= 360
+                assert 0 <= x <= svg.WIDTH
+                assert 0 <= y <= svg.HEIGHT
     assert "nan" not in text.lower()
     assert capsys.readouterr().out.splitlines()[0] in text.replace("&#x27;", "'")
 

@@ -1,12 +1,14 @@
 """What a run comes to."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from prfaas.common.scheduling.policies import ADMIT_ALL, HomogeneousPd
 from prfaas.loadgen.records import OK, REFUSED
-from prfaas.loadgen.simulator.measures import Objective, good, goodput, interval, latencies, offered, tpot_s
+from prfaas.loadgen.report.objective import Objective
+from prfaas.loadgen.simulator.measures import OBJECTIVE, good, goodput, interval, latencies, offered, tpot_s
 from prfaas.loadgen.simulator.outcome_records import records
 from prfaas.loadgen.simulator.simulation import Simulation
 
@@ -23,11 +25,11 @@ def outcome(**more):
 def test_goodput():
     """TTFT within the floor or twice the bare prefill, TPOT within its bound, over the window's arrivals."""
     _, made = outcome()
-    assert good(made, Objective()).tolist() == [True] * 4
-    assert good(made, Objective(ttft_prefill_factor=1.0)).tolist() == [True, True, False, True]
-    assert good(made, Objective(ttft_floor_s=1.01, ttft_prefill_factor=1.0)).sum() == 0
+    assert good(made, OBJECTIVE).tolist() == [True] * 4
+    assert good(made, replace(OBJECTIVE, ttft_prefills=1.0)).tolist() == [True, True, False, True]
+    assert good(made, replace(OBJECTIVE, ttft_s=1.01, ttft_prefills=1.0)).sum() == 0
     assert good(made, Objective(tpot_s=0.019)).sum() == 0
-    assert goodput(made, Objective(), 1.0, 3.0) == pytest.approx(1.0)
+    assert goodput(made, OBJECTIVE, 1.0, 3.0) == pytest.approx(1.0)
     assert offered(made, 0.0, 20.0) == pytest.approx(0.2)
     assert tpot_s(made) == pytest.approx([0.02] * 4)
 

@@ -244,6 +244,22 @@ def test_ticks_rest_when_nobody_is_there():
     assert max(seen) >= 1e9
 
 
+def test_ticks_rest_while_a_transfer_crawls():
+    """One megabyte at 0.2 bytes/s takes two months, in which nothing happens."""
+    seen = []
+    crawling = LinkChange(0.2, "away", "home", LinkProfile(0.2))
+    simulation = Simulation(
+        two_regions(),
+        load([0.0]),
+        OffloadAll(ADMIT_ALL),
+        [crawling],
+        on_tick=lambda now_s, _: seen.append(now_s),
+    )
+    assert simulation.run().status.tolist() == [DONE]
+    assert simulation.snapshot.now_s > 1e6
+    assert len(seen) < 500
+
+
 def test_first_token_survives_a_lost_decode_node():
     """25 of 100 tokens were delivered when it died: 75 more after a second prefill of 1,025 tokens."""
     cluster = Cluster([Group("home", "prefill", profile(), 1), Group("home", "decode", profile(), 2)])

@@ -60,7 +60,7 @@ def test_help_fits_a_screen_and_has_an_example(command: list[str], capsys: pytes
         (["capture-kv", "--out", "a.kv", "--tokens", "1"], 2, "'1' must be a whole number from 2"),
         (["capture-kv", "--out", "a.kv", "--text", "/no/such/text"], 2, "--text /no/such/text: No such file"),
         (["capture-kv", "--out", "a.kv", "--text", "x", "--prompt", "y"], 2, "not allowed with"),
-        (["capture-kv", "--out", "a.kv", "--model", "/no/such/model"], 1, "no such directory"),
+        (["capture-kv", "--out", "a.kv", "--model", "/no/such/model"], 2, "no such directory"),
         (["bench"], 2, "link | codec"),
         (["bench", "codec", "--codecs", "zstd,mp3"], 2, "'mp3' is no codec; the codecs are lz4, zstd"),
         (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from prfaas.common.config import FLAG_ALIASES, keys
-from prfaas.common.errors import ConfigError, SetupError
+from prfaas.common.errors import ConfigError
 from prfaas.services.__main__ import main
 from prfaas.services.commands import serve
 from prfaas.services.commands.flags import long_flag, parse_config_command
@@ -104,9 +104,14 @@ def test_a_wrong_call_is_one_line_with_a_mend_and_status_2(
     assert len(told.splitlines()) == 1
 
 
-def test_a_failure_is_status_1_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    """A model that isn't there."""
-    assert main(["decode", "--model", "/no/such/model"]) == 1
+def test_a_failure_is_status_1_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that can't be fetched now; one that can't be a model is a mistake of the call, status 2."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["decode", "--model", "no-such/model"]) == 1
+    assert "could not be fetched from Hugging Face" in capsys.readouterr().err
+    assert main(["decode", "--model", "/no/such/model"]) == 2
     assert capsys.readouterr().err == "prfaas decode: model '/no/such/model': no such directory\n"
 
 
@@ -151,9 +156,9 @@ class TestModels:
         with pytest.raises(ConfigError, match="--model"):
             serve.with_engine_model(parse_config_command("x", "", "", FLAG_ALIASES, []))
 
-    def test_a_missing_directory_is_a_failure(self) -> None:
+    def test_a_missing_directory_is_a_mistake_of_the_call(self) -> None:
         config = parse_config_command("x", "", "", FLAG_ALIASES, ["--model", "/no/such/model"])
-        with pytest.raises(SetupError):
+        with pytest.raises(ConfigError, match="no such directory"):
             serve.with_engine_model(config)
 
 
@@ -170,24 +175,35 @@ def test_ctrl_c_is_quiet() -> None:
     assert "Traceback" not in rest
 
 
-def _prfaas(arguments: str, streams: str) -> subprocess.CompletedProcess[str]:
+def _prfaas(arguments: str, streams: str, portion: str = "services") -> subprocess.CompletedProcess[str]:
     """In a shell, that can also close a stream; output is buffered, as it is by default."""
-    command = f"'{sys.executable}' -m prfaas.services {arguments} {streams}"
+    command = f"'{sys.executable}' -m prfaas.{portion} {arguments} {streams}"
     env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     return subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-"])
-def test_the_status_stays_right_when_nothing_can_be_said(streams: str) -> None:
+@pytest.mark.parametrize("portion", ["services", "loadgen"])
+def test_the_status_stays_right_when_nothing_can_be_said(streams: str, portion: str) -> None:
     """Standard error is full, or closed."""
-    assert _prfaas("rooter", streams).returncode == 2
+    assert _prfaas("rooter", streams, portion).returncode == 2
 
 
-@pytest.mark.parametrize("arguments", ["--help", "bench --help", "decode --help"])
-def test_output_onto_a_full_disk_is_one_line_and_status_1(arguments: str) -> None:
-    done = _prfaas(arguments, ">/dev/full")
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("prfaas", "--help"),
+        ("prfaas", "bench --help"),
+        ("prfaas", "decode --help"),
+        ("prfaas-loadgen", "--help"),
+        ("prfaas-loadgen", "plan --help"),
+        ("prfaas-loadgen", "plan --case public --json"),
+    ],
+)
+def test_output_onto_a_full_disk_is_one_line_and_status_1(program: str, arguments: str) -> None:
+    done = _prfaas(arguments, ">/dev/full", "loadgen" if program == "prfaas-loadgen" else "services")
     assert done.returncode == 1
-    assert done.stderr == f"prfaas {arguments.split()[0]}: [Errno 28] No space left on device\n"
+    assert done.stderr == f"{program} {arguments.split()[0]}: [Errno 28] No space left on device\n"
 
 
 def test_a_closed_standard_error_is_not_given_to_a_socket() -> None:

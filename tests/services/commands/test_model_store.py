@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from prfaas.common.errors import SetupError
+from prfaas.common.errors import ConfigError, SetupError
 from prfaas.services import model_store
 from prfaas.services.model_store import PackagedModel, cache_folder, ensure_model, find_model, verify_sha256
 
@@ -128,12 +128,12 @@ def test_a_directory_is_passed_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", ""])
 def test_a_directory_that_is_not_there_is_not_asked_for_on_the_network(name: str) -> None:
-    with pytest.raises(SetupError, match="no such directory"):
+    with pytest.raises(ConfigError, match="no such directory"):
         ensure_model(name)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=r"no config\.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         ensure_model(str(tmp_path))
 
 
