@@ -24,7 +24,6 @@ chat,600,3
 code,600,7
 """
 PEAK = "category,window_start_s,total_rate_req_per_s\na,0,9\na,600,0\n"
-LATE = "category,window_start_s,total_rate_req_per_s\na,0,1\na,2000000000,1\n"
 
 
 def parser(**options):
@@ -267,7 +266,6 @@ def test_other_seeds_of_one_recipe(files):
         ("--rate-curve {d}/r.csv --rate-curve-category cat", "has no category 'cat'; it has chat, code"),
         ("--rate-curve {d}/r.csv --rate-curve-category chat --request-rate inf", "--request-rate inf has no curve"),
         ("--rate-curve {d}/peak.csv --request-rate 900000", "peak.csv: a rate is a number from 0.0001 to 1e+06"),
-        ("--rate-curve {d}/late.csv --request-rate 1", "late.csv: its last change is at 2e+09 s"),
         ("--rate-curve-category chat", "--rate-curve-category without --rate-curve"),
         ("--request-rate-series {d}/m.jsonl", "m.jsonl: "),
         ("--dataset-name mooncake_trace", "--dataset-name mooncake_trace needs its file: --dataset-path FILE"),
