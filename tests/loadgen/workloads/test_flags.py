@@ -55,7 +55,6 @@ def files(tmp_path):
         ("a.csv", AZURE),
         ("r.csv", RATES),
         ("peak.csv", PEAK),
-        ("late.csv", LATE),
     ):
         (tmp_path / name).write_text(text)
     (tmp_path / "s.json").write_text('{"points": [{"time_s": 0, "qps": 2}, {"time_s": 10, "qps": 6}]}')
