@@ -19,7 +19,7 @@ once.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prfaas.common.errors import ConfigError
 from prfaas.common.prefixcache.events import (
@@ -66,11 +66,12 @@ class _Snapshot:
 class _Ids:
     """Small numbers, used again: never more of them than are in use at one time."""
 
-    __slots__ = ("_free", "_next")
+    __slots__ = ("_free", "_next", "_on_give")
 
-    def __init__(self) -> None:
+    def __init__(self, on_give: Callable[[int], None] | None) -> None:
         self._free: list[int] = []
         self._next = 0
+        self._on_give = on_give
 
     def take(self) -> int:
         if self._free:
@@ -80,6 +81,8 @@ class _Ids:
 
     def give(self, number: int) -> None:
         self._free.append(number)
+        if self._on_give is not None:
+            self._on_give(number)
 
 
 class Lease:
@@ -110,9 +113,18 @@ class Lease:
 class PrefixPool:
     """Not for several threads at once. Raises ValueError for calls that no correct engine makes, changing nothing."""
 
-    def __init__(self, sizes: CacheSizes, capacity_bytes: int, *, max_pending_keys: int = 1 << 16) -> None:
+    def __init__(
+        self,
+        sizes: CacheSizes,
+        capacity_bytes: int,
+        *,
+        max_pending_keys: int = 1 << 16,
+        on_block_freed: Callable[[int], None] | None = None,
+        on_snapshot_freed: Callable[[int], None] | None = None,
+    ) -> None:
         """capacity_bytes: bound on everything in the pool. max_pending_keys: of events that nobody has fetched; beyond
-        it `drain_events` tells the whole contents instead; 0: there are no events. Raises ConfigError."""
+        it `drain_events` tells the whole contents instead; 0: there are no events. on_*_freed: told each block's or
+        snapshot's id when its memory is free, before the id is used again. Raises ConfigError."""
         if capacity_bytes < 0 or max_pending_keys < 0:
             raise ConfigError([f"prefix pool: a bound is negative ({capacity_bytes} bytes, {max_pending_keys} keys)"])
         self.sizes = sizes
@@ -125,8 +137,8 @@ class PrefixPool:
         self._exact = sizes.needs_snapshot
         self._blocks: dict[BlockKey, _Block] = {}
         self._unpinned: OrderedDict[_Block | _Snapshot, None] = OrderedDict()
-        self._block_ids = _Ids()
-        self._snapshot_ids = _Ids()
+        self._block_ids = _Ids(on_block_freed)
+        self._snapshot_ids = _Ids(on_snapshot_freed)
         self._snapshots = 0
         self._events: list[Event] = []
         self._pending_keys = 0
@@ -200,6 +212,18 @@ class PrefixPool:
             self._pin(tip)
             if tip.snapshot is not None:
                 self._pin_snapshot(lease, tip.snapshot)
+        return lease
+
+    def acquire_tip(self, key: BlockKey) -> Lease | None:
+        """Pin the prefix that ends with this block, for somebody who knows only its last key. None: it isn't held, or
+        no snapshot lets it be used."""
+        tip = self._blocks.get(key)
+        if tip is None or (self._exact and tip.snapshot is None):
+            return None
+        lease = Lease(tip, tip.depth)
+        self._pin(tip)
+        if tip.snapshot is not None:
+            self._pin_snapshot(lease, tip.snapshot)
         return lease
 
     def reserve(self, lease: Lease, tokens: int) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from prfaas.common.kv_layout import KvLayout
+from prfaas.common.perfmodel.profiles import NodeProfile
+from prfaas.services.engine.prefix_store import Hold, PrefixStore
 from prfaas.transport.api import KvReceiver, KvSender, TransferReport
 
 
@@ -59,21 +61,30 @@ class EngineLoad:
     context_tokens: int = 0
     """Tokens held for running decodes."""
     free_kv_bytes: int = 0
+    decoding_requests: int = 0
+    """In the batch now …"""
+    waiting_requests: int = 0
+    """… and with all their KV, for want of a place in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRequest:
-    """prompt_token_ids: the whole prompt (n tokens). Computed and sent: the range in each sender's spec."""
+    """prompt_token_ids: the whole prompt (n tokens). Sent: the range in each sender's spec. hold: of the first n−1, in
+    this engine's `prefixes`; what it holds isn't computed. The engine releases it at the end. tenant: who may share
+    what is kept of this prompt."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
     timeout_s: float | None = None
+    tenant: str = ""
+    hold: Hold | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
     """output_token_ids: tokens that were delivered already (a continuation): decode goes on behind them.
-    max_output_tokens counts them."""
+    max_output_tokens counts them. hold: of the context but its last token, in this engine's `prefixes`; the receivers'
+    range begins where it ends, and without receivers only the rest is computed. The engine releases it at the end."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -81,6 +92,8 @@ class DecodeRequest:
     sampling: SamplingParams
     output_token_ids: Sequence[int] = ()
     timeout_s: float | None = None
+    tenant: str = ""
+    hold: Hold | None = None
 
 
 class FinishReason(enum.StrEnum):
@@ -183,6 +196,17 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why nothing can be computed any more, with the mend, or None. It is final: every request has failed, and
         `prefill` and `decode` raise EngineError with this text. Valid at any time."""
+        ...
+
+    @property
+    def prefixes(self) -> PrefixStore | None:
+        """The KV of prefixes that it keeps; None: none. Valid after `start`; `close` closes it."""
+        ...
+
+    @property
+    def profile(self) -> NodeProfile | None:
+        """What routers must expect of this node, in real seconds and bytes; None: it isn't known. It may change while
+        the engine measures itself. Valid after `start`."""
         ...
 
     def on_failure(self, callback: Callable[[], None]) -> None:
