@@ -200,8 +200,8 @@ class Writing:
             most = blocks * store.block_tokens
             done = [point for point in self.snapshot_points if point in self._written and point <= most]
             blocks = max(done, default=0) // store.block_tokens
-        held = 0
-        if blocks and pool.insert(self._lease, self._keys[:blocks]):
+        held = min(blocks, self._first_block) * store.block_tokens
+        if blocks > self._first_block and pool.insert(self._lease, self._keys[:blocks]):
             held = blocks * store.block_tokens
             for point in self.snapshot_points:
                 if point in self._written and point <= held:
