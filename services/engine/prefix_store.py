@@ -22,7 +22,7 @@ event loop's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -262,7 +262,7 @@ class PrefixStore:
         self._hashers: dict[str, BlockHasher] = {}
         self.counters = StoreCounters()
         self._serving: set[asyncio.Task[None]] = set()
-        self._staging = asyncio.Semaphore(MAX_STAGED)
+        self._staged = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -324,38 +324,39 @@ class PrefixStore:
 
     # -- other nodes --------------------------------------------------------------------------------------------------
 
-    async def take_in(self, hold: Hold, receiver: KvReceiver, ask: Callable[[], Awaitable[None]]) -> None:
-        """Fetch what `receiver` is for: tokens [hold.tokens, whole blocks) of the hold's prompt. `ask` sends the FETCH
-        (`KvEndpoint.fetch`, with `hold.keys` of the last block); it is called when there is a place for what comes. The
-        hold is longer afterwards; what somebody else has put there meanwhile is not fetched.
+    async def take_in(self, hold: Hold, receiver: KvReceiver) -> None:
+        """Keep what a FETCH brings: tokens [hold.tokens, whole blocks) of the hold's prompt. `receiver` is bound before
+        anything is waited for; the FETCH goes out beside this. The hold is longer afterwards.
 
-        Raises TransferError, NoRoomError, TimeoutError, and what `ask` raises: the hold is as it was. Closes nothing;
-        after an error or a cancel the receiver is still to be closed, and until then may write into its own buffer.
+        Raises TransferError, NoRoomError: the hold is as it was. Closes nothing; after an error or a cancel the receiver
+        is still to be closed, and until then may write into the buffer that it was given.
         """
         spec = receiver.spec
         blocks = spec.tokens.end // self.block_tokens
         if spec.tokens.start != hold.tokens or spec.tokens.end != blocks * self.block_tokens or blocks > len(hold.keys):
             raise ValueError(f"tokens {spec.tokens} don't go on from a hold of {hold.tokens}, or aren't whole blocks")
-        async with self._staging:
-            writing = self._reserve(hold.keys[:blocks])
-            if writing is None and self.pool.match(hold.keys[:blocks]) < blocks:
-                raise NoRoomError("no room for the fetched prefix", retry_after_s=1.0)
-            if writing is not None:
-                try:
-                    await self._fill(writing, receiver, ask)
-                finally:
-                    writing.abandon()
+        if self._staged >= MAX_STAGED:
+            raise NoRoomError(f"{self._staged} fetched prefixes are arriving already", retry_after_s=1.0)
+        writing = self._reserve(hold.keys[:blocks])
+        if writing is None and self.pool.match(hold.keys[:blocks]) < blocks:
+            raise NoRoomError("no room for the fetched prefix", retry_after_s=1.0)
+        if writing is not None:
+            self._staged += 1
+            try:
+                await self._fill(writing, receiver)
+            finally:
+                self._staged -= 1
+                writing.abandon()
         longer = self.pool.acquire(hold.keys[:blocks])
         if longer.matched < blocks:
             self.pool.release(longer)
             raise NoRoomError("no room for the state of the fetched prefix", retry_after_s=1.0)
         hold.replace(longer)
 
-    async def _fill(self, writing: Writing, receiver: KvReceiver, ask: Callable[[], Awaitable[None]]) -> None:
+    async def _fill(self, writing: Writing, receiver: KvReceiver) -> None:
         staged = _Staged(self.layout, receiver.spec)
         # What fails it, `finished` raises.
         receiver.bind(lambda _: staged, lambda _layer: None, lambda _error: None)
-        await ask()
         await receiver.finished()
         await _in_thread(staged.copy_to, writing, self)
         writing.commit()

@@ -356,12 +356,17 @@ async def two_nodes(
         )
         ticket, receiver = ends[1].receiver(spec, "holder")
         key = key or hold.keys[end_tokens // BLOCK - 1]
+        # Bound in its first step, before anything can come.
+        taking = asyncio.create_task(asker.take_in(hold, receiver))
         try:
             async with asyncio.timeout(WAIT_S):
-                await asker.take_in(
-                    hold, receiver, lambda: ends[1].fetch(ticket, key, "holder", ends[0].addresses, 10.0)
-                )
+                await asyncio.sleep(0)
+                if not taking.done():
+                    await ends[1].fetch(ticket, key, "holder", ends[0].addresses, 10.0)
+                await taking
         finally:
+            taking.cancel()
+            await asyncio.wait([taking])
             await receiver.aclose()
 
     try:
