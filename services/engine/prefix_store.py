@@ -328,8 +328,8 @@ class PrefixStore:
         """Keep what a FETCH brings: tokens [hold.tokens, whole blocks) of the hold's prompt. `receiver` is bound before
         anything is waited for; the FETCH goes out beside this. The hold is longer afterwards.
 
-        Raises TransferError, NoRoomError: the hold is as it was. Closes nothing; after an error or a cancel the receiver
-        is still to be closed, and until then may write into the buffer that it was given.
+        Raises TransferError, NoRoomError: the hold is as it was. Closes nothing; after an error or a cancel the
+        receiver is still to be closed, and until then may write into the buffer that it was given.
         """
         spec = receiver.spec
         blocks = spec.tokens.end // self.block_tokens
