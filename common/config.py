@@ -125,8 +125,28 @@ class RouterConfig:
     api_keys_file: str = setting("", "a file with one API key a line")
     model_path: str = setting("", "directory with the tokenizer and chat template; `bytes` = the emulated engine's")
     served_model: str = setting("", "the model's name for clients; empty = as the nodes report it")
+    policy: Literal["adaptive", "static", "homogeneous", "offload-all", "round-robin", "least-loaded"] = setting(
+        "adaptive", "who prefills: by a threshold that moves with load and links, or a baseline"
+    )
     offload_threshold_tokens: int = setting(
-        0, "prompts with more uncached tokens are prefilled in the prefill region", _between(0, 1 << 24)
+        0,
+        "prompts with more uncached tokens are prefilled in the prefill region; where adaptive begins",
+        _between(0, 1 << 24),
+    )
+    slo_ttft_s: float = setting(
+        0.0, "a request that would wait longer for its first token is refused (429); 0 = none is", _between(0, 3600)
+    )
+    slo_prefill_factor: float = setting(
+        2.0, "with router.slo_ttft_s: a prompt may take so many times its bare prefill", _between(1, 1000)
+    )
+    assumed_link_gbps: float = setting(
+        10.0, "Gbit/s of a link between regions before it has been measured", _between(0.001, 1e6)
+    )
+    share_prefixes: Literal["all", "key", "none"] = setting(
+        "all", "whose cached prefixes a request may use: everybody's, its API key's, or only those with its cache_salt"
+    )
+    prefix_index_blocks: int = setting(
+        1_000_000, "prefix blocks that the router remembers, some 300 bytes each", _between(1, 1 << 28)
     )
     max_body_bytes: int = setting(16 * MIB, "largest request body", _between(1024, 1 << 30))
     default_max_output_tokens: int = setting(

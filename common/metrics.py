@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+DECISION_BUCKETS_S = (1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -23,7 +24,35 @@ class RouterMetrics:
         self.requests = Counter(
             "prfaas_router_requests", "Requests by route and HTTP status", ["route", "status"], registry=registry
         )
-        self.decisions = Counter("prfaas_router_decisions", "Routing decisions", ["reason"], registry=registry)
+        self.decisions = Counter(
+            "prfaas_router_decisions", "Routing decisions, refusals among them", ["reason"], registry=registry
+        )
+        self.decision_seconds = Histogram(
+            "prfaas_router_decision_seconds", "One routing decision", buckets=DECISION_BUCKETS_S, registry=registry
+        )
+        self.threshold_tokens = Gauge(
+            "prfaas_router_threshold_tokens", "Offload threshold now, by home region", ["region"], registry=registry
+        )
+        self.link_bandwidth = Gauge(
+            "prfaas_router_link_bytes_per_s",
+            "KV bytes/s that decisions reckon a link to carry",
+            ["source", "target"],
+            registry=registry,
+        )
+        self.prefix_blocks = Gauge("prfaas_router_prefix_blocks", "Prefix blocks in the index", registry=registry)
+        self.held_tokens = Counter(
+            "prfaas_router_held_tokens",
+            "Prompt tokens that a node's prefix pool had, where both roles took part",
+            ["role"],
+            registry=registry,
+        )
+        self.fetches = Counter(
+            "prfaas_router_fetches",
+            "Prefixes that prefill nodes were to fetch: done, or why not",
+            ["outcome"],
+            registry=registry,
+        )
+        self.fetched_tokens = Counter("prfaas_router_fetched_tokens", "Tokens of prefixes fetched", registry=registry)
         self.fallbacks = Counter(
             "prfaas_router_fallbacks", "Requests that went another way than decided", ["reason"], registry=registry
         )

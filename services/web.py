@@ -41,6 +41,7 @@ from prfaas.common.errors import (
     PayloadTooLargeError,
     PrfaasError,
     RequestError,
+    TooLateError,
     TransferError,
     UnavailableError,
     UnsupportedError,
@@ -350,6 +351,8 @@ def describe_error(error: Exception, request_id: str) -> tuple[int, ErrorBody, d
     if isinstance(error, RequestError):
         detail = ErrorDetail(str(error), error.kind, error.param, error.code)
     elif isinstance(error, UnavailableError):
+        if isinstance(error, TooLateError):
+            detail = ErrorDetail(str(error), "rate_limit_error", None, "deadline")
         headers = {"retry-after": str(error.retry_after_s)}
     elif isinstance(error, OutOfMemoryError):
         detail = ErrorDetail(str(error), RequestError.kind, None, "context_length_exceeded")
@@ -373,6 +376,8 @@ def status_of(error: Exception) -> int:
         return 400
     if isinstance(error, TimeoutError):
         return 504
+    if isinstance(error, TooLateError):
+        return 429
     return 503 if isinstance(error, UnavailableError | TransferError) else 500
 
 

@@ -80,6 +80,8 @@ class Admission:
     def late_by_s(self, request: RequestSnapshot, route: Route) -> float:
         """Above 0: the route would miss by so much."""
         late_s = -math.inf
+        if request.admitted:
+            return late_s
         if self.by_slo:
             late_s = request.waited_s + route.ttft_s - self.limit_s(route.prefill_s)
         if request.remaining_s is not None:

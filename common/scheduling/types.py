@@ -77,6 +77,8 @@ class RequestSnapshot:
     prefixes: PrefixMatches | None = None
     waited_s: float = 0.0
     """Since the request's arrival: above 0 when it is routed again after a failure."""
+    admitted: bool = False
+    """It has been admitted before and is routed again: it is not refused for being late."""
     pinned_route: PinnedRoute | None = None
     """Where it must be prefilled; None = where the policy wants."""
 

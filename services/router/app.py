@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -12,6 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from aiohttp import web
 from prfaas.common import log
 from prfaas.common.auth import key_matches
@@ -24,13 +27,16 @@ from prfaas.common.errors import (
     UnavailableError,
 )
 from prfaas.common.metrics import Metrics
-from prfaas.common.scheduling.least_loaded import LeastLoaded
+from prfaas.common.scheduling.policies import AdaptiveThreshold
+from prfaas.common.scheduling.types import ROLE_DECODE, AdmittingPolicy
 from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
+from prfaas.services.router.decision import make_policy, read_wishes
 from prfaas.services.router.dispatch import Dispatcher, Job
 from prfaas.services.router.openai import GenerationRequest, Kind
+from prfaas.services.router.prefixes import Prefixes, tenant_of
 from prfaas.services.router.prompts import Prompts
 from prfaas.services.router.registry import ROLES, Registry
 from prfaas.services.router.timeline import Timelines
@@ -38,6 +44,8 @@ from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
 from prfaas.transport.tls import Tls
 
+ADAPT_S = 1.0
+"""From one look at load and links to the next."""
 GARBAGE_THRESHOLD = 10_000
 """Allocations between two searches for cyclic garbage; Python's own choice is 700."""
 NODE_STATES = ("usable", "unreachable", "draining", "lost")
@@ -54,9 +62,11 @@ class Router:
     api_keys: tuple[str, ...]
     signer: Signer
     prompts: Prompts
+    policy: AdmittingPolicy
+    registry: Registry
+    prefixes: Prefixes
     tls: Tls | None = None
     metrics: Metrics = field(default_factory=Metrics)
-    registry: Registry = field(default_factory=Registry)
     started_at_s: int = field(default_factory=lambda: int(time.time()))
     refused: dict[str, str] = field(default_factory=dict)
     """Nodes whose heartbeats are refused, and why: logged once, not every two seconds."""
@@ -69,15 +79,16 @@ class Router:
         """Empty: no node has said yet."""
         return self.config.served_model or self.registry.model
 
-    def authenticate(self, request: web.Request) -> None:
-        """Raises AuthenticationError unless the client has one of the keys, or there are none."""
+    def authenticate(self, request: web.Request) -> str:
+        """The client's key, "" where there are none. Raises AuthenticationError unless it has one of them."""
         if not self.api_keys:
-            return
+            return ""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise AuthenticationError("no API key: send it as Authorization: Bearer <key>", code="invalid_api_key")
         if not key_matches(key.strip(), self.api_keys):
             raise AuthenticationError("wrong API key", code="invalid_api_key")
+        return key.strip()
 
     def check_model(self, model: str) -> None:
         """Raises ModelNotFoundError, UnavailableError."""
@@ -137,11 +148,14 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
     status = services_web.CLIENT_LEFT
     metrics.inflight_requests.inc()
     try:
-        router.authenticate(http)
+        api_key = router.authenticate(http)
+        wishes = read_wishes(http.headers)
         request = await router.prompts.parse(kind, await read_body(http))
         router.check_model(request.model)
         prompt = await router.prompts.tokenize(request)
         metrics.prompt_tokens.inc(prompt.tokens)
+        tenant = tenant_of(router.config.share_prefixes, request.cache_salt, api_key, http[REQUEST_ID])
+        hasher = router.prefixes.hasher(tenant)
         job = Job(
             request_id=http[REQUEST_ID],
             request=request,
@@ -150,6 +164,9 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
             max_output_tokens=router.max_output_tokens(request, prompt.tokens),
             arrived_s=arrived_s,
             deadline_s=arrived_s + router.config.request_timeout_s,
+            wishes=wishes,
+            tenant=tenant,
+            keys=await router.prompts.keys(hasher, prompt) if hasher is not None else (),
         )
         response = await http.app[DISPATCHER].run(http, job)
         status = response.status
@@ -269,7 +286,11 @@ async def heartbeat(http: web.Request) -> web.Response:
     if registered.news is not None:
         logger.info("node", news=registered.news, node=message.node, role=message.role, region=message.region)
     peers = router.registry.peers_of(message, received_s)
-    return json_response(HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers))
+    wants_profile = not message.profile and router.registry.wants_profile(message)
+    prefix_next = None if registered.node is None else router.prefixes.heard(registered.node.row, message)
+    return json_response(
+        HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers, prefix_next, wants_profile)
+    )
 
 
 def _check_url(router: Router, message: Heartbeat) -> None:
@@ -291,12 +312,16 @@ def make_app(config: Config) -> web.Application:
     if not config.router.model_path:
         raise ConfigError(["router.model_path is not set: the router needs the model's tokenizer"])
     secret = services_web.read_secret(config.cluster)
+    prefixes = Prefixes(config.router.prefix_index_blocks)
     router = Router(
         config=config.router,
         secret=secret,
         api_keys=read_api_keys(config.router),
         signer=Signer.of(secret, config.cluster),
         prompts=Prompts(load_tokenizer(config.router.model_path), config.router.tokenizer_threads),
+        policy=make_policy(config.router),
+        registry=Registry(config.router.assumed_link_gbps * 1e9 / 8, np.random.default_rng(), prefixes.forget),
+        prefixes=prefixes,
         tls=services_tls.open_tls(config.tls, "router.name", config.router.name, "router"),
     )
     app = services_web.make_app(
@@ -326,12 +351,33 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             router.config.name,
             Nodes(session, router.signer, router.tls),
             router.registry,
-            LeastLoaded(router.config.offload_threshold_tokens),
+            router.policy,
             router.metrics.router,
             app[TIMELINES],
+            router.prefixes,
         )
+        adapting = asyncio.create_task(_adapting(router))
         yield
+        adapting.cancel()
+        await asyncio.wait([adapting])
     router.prompts.close()
+
+
+async def _adapting(router: Router) -> None:
+    """Once a second: thresholds follow load and links, and the gauges follow both."""
+    while True:
+        await asyncio.sleep(ADAPT_S)
+        now_s = time.monotonic()
+        cluster = router.registry.snapshot(now_s)
+        policy, metrics = router.policy, router.metrics.router
+        if isinstance(policy, AdaptiveThreshold):
+            policy.adapt(now_s, cluster)
+            for region in {pool.region for pool in cluster.pools(ROLE_DECODE)}:
+                metrics.threshold_tokens.labels(cluster.region_names[region]).set(policy.threshold_of(region))
+        for source, target in itertools.permutations(range(len(cluster.region_names)), 2):
+            gauge = metrics.link_bandwidth.labels(cluster.region_names[source], cluster.region_names[target])
+            gauge.set(cluster.links.bandwidth_bytes_per_s.item(source, target))
+        metrics.prefix_blocks.set(len(router.prefixes.index))
 
 
 async def _ending(app: web.Application) -> None:
