@@ -81,6 +81,8 @@ class RequestRecord(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
     """From prefill's start, as the first pieces leave with its first layer, to the arrival of the last layer."""
     kv_raw_bytes: int = UNKNOWN
     kv_wire_bytes: int = UNKNOWN
+    fetched_wire_bytes: int = UNKNOWN
+    """Of a prefix that came from another region's cache before prefill."""
 
 
 FLOAT_COLUMNS = (
@@ -98,7 +100,8 @@ FLOAT_COLUMNS = (
     "first_step_s",
     "transfer_s",
 )
-INTEGER_COLUMNS = ("index", "turn", "prompt_tokens", "output_tokens", "cached_tokens", "kv_raw_bytes", "kv_wire_bytes")
+BYTES_COLUMNS = ("kv_raw_bytes", "kv_wire_bytes", "fetched_wire_bytes")
+INTEGER_COLUMNS = ("index", "turn", "prompt_tokens", "output_tokens", "cached_tokens", *BYTES_COLUMNS)
 WORD_COLUMNS = ("status", "error", "reason", "fallbacks", "region", "prefill_node", "decode_node")
 OFFLOADED_CODES: Mapping[bool | None, int] = {None: -1, False: 0, True: 1}
 FALLBACK_SEPARATOR = "+"
@@ -167,6 +170,7 @@ class Records:
     transfer_s: Floats
     kv_raw_bytes: Integers
     kv_wire_bytes: Integers
+    fetched_wire_bytes: Integers
     offloaded: NDArray[np.int8]
     status: Words
     error: Words

@@ -143,6 +143,10 @@ class ClusterSnapshot:
     that has passed: there is one."""
     max_inflight_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """A node with so many is full."""
+    decoding_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """In the batch of a decode node now. It and the next are for the slow planner; no policy looks at them."""
+    waiting_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """On a decode node with all their KV, for want of a place in its batch."""
     links: LinkColumns = field(default_factory=lambda: LinkColumns.none(0))
     prefill_jitter_s: NDArray[np.float64] | None = None
     """Added to when a node is free where nodes are compared, so that routers with one picture of the nodes don't all

@@ -10,7 +10,15 @@ from typing import Any
 
 import msgspec
 from prfaas.common.errors import ConfigError, UsageError
-from prfaas.loadgen.records import FLOAT_COLUMNS, INTEGER_COLUMNS, MAX_RECORDS, STATUSES, Records, RecordsBuilder
+from prfaas.loadgen.records import (
+    BYTES_COLUMNS,
+    FLOAT_COLUMNS,
+    INTEGER_COLUMNS,
+    MAX_RECORDS,
+    STATUSES,
+    Records,
+    RecordsBuilder,
+)
 from prfaas.loadgen.records import RequestRecord as Record
 from prfaas.loadgen.report.summary import Summary, as_rows
 from prfaas.loadgen.workloads.lines import read_lines
@@ -21,7 +29,7 @@ DIGITS = 6
 """Microseconds."""
 MAX_SECONDS = 1e12
 """No run lasts as long: what lies above was spoilt."""
-LEAST = dict.fromkeys(INTEGER_COLUMNS, 0) | dict.fromkeys(("cached_tokens", "kv_raw_bytes", "kv_wire_bytes"), -1)
+LEAST = dict.fromkeys(INTEGER_COLUMNS, 0) | dict.fromkeys(("cached_tokens", *BYTES_COLUMNS), -1)
 _ENCODER = msgspec.json.Encoder()
 
 

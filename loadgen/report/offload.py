@@ -18,7 +18,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from prfaas.loadgen.records import FALLBACK_SEPARATOR, Records
+from prfaas.loadgen.records import BYTES_COLUMNS, FALLBACK_SEPARATOR, Records
 
 PARTS = ("router_s", "queue_s", "prefill_s", "exposed_s", "first_step_s")
 
@@ -48,8 +48,10 @@ class OffloadSummary(msgspec.Struct, frozen=True):
     kv_raw_bytes: int | None
     kv_wire_bytes: int | None
     wire_ratio: float | None
+    fetched_wire_bytes: int | None
+    """Of prefixes that were fetched from another region's cache."""
     egress_gbps: float | None
-    """Bytes on the wire over the whole run's duration."""
+    """All bytes on the wire over the whole run's duration."""
     transfers: int
     """With a known duration; the next four are over them."""
     transfer_mean_s: float | None
@@ -71,6 +73,7 @@ class OffloadSummary(msgspec.Struct, frozen=True):
             ("share_offloaded_of_prompt_tokens", "", self.share_of_prompt_tokens),
             ("kv_raw_bytes", "bytes", self.kv_raw_bytes),
             ("kv_wire_bytes", "bytes", self.kv_wire_bytes),
+            ("fetched_wire_bytes", "bytes", self.fetched_wire_bytes),
             ("egress_gbps", "Gbit/s", self.egress_gbps),
             ("transfer_gbps", "Gbit/s", self.transfer_gbps_mean),
             ("overlap", "", self.overlap),
@@ -86,7 +89,7 @@ def summarise_offload(records: Records, duration_s: float) -> OffloadSummary:
     ok = records.ok
     known, away = ok & (records.offloaded >= 0), ok & (records.offloaded == 1)
     prompts = records.prompt_tokens
-    raw, wire = _sum(records.kv_raw_bytes, ok), _sum(records.kv_wire_bytes, ok)
+    raw, wire, fetched = (_sum(getattr(records, name), ok) for name in BYTES_COLUMNS)
     cached = ok & (records.cached_tokens >= 0)
     moved = ok & np.isfinite(records.transfer_s) & (records.transfer_s > 0) & (records.kv_wire_bytes > 0)
     took_s = records.transfer_s[moved]
@@ -103,7 +106,8 @@ def summarise_offload(records: Records, duration_s: float) -> OffloadSummary:
         kv_raw_bytes=raw,
         kv_wire_bytes=wire,
         wire_ratio=None if wire is None or raw is None else _share(wire, raw),
-        egress_gbps=None if wire is None else _share(wire * 8e-9, duration_s),
+        fetched_wire_bytes=fetched,
+        egress_gbps=None if wire is None else _share((wire + (fetched or 0)) * 8e-9, duration_s),
         transfers=int(took_s.size),
         transfer_mean_s=_mean(took_s),
         transfer_gbps_mean=_mean(gbps),

@@ -93,6 +93,7 @@ def offload(summaries: Sequence[Summary]) -> Table:
         ("KV raw", lambda o: _bytes(o.kv_raw_bytes)),
         ("KV on the wire", lambda o: _bytes(o.kv_wire_bytes)),
         ("  of raw", lambda o: _percent(o.wire_ratio)),
+        ("prefixes fetched, on the wire", lambda o: _bytes(o.fetched_wire_bytes)),
         ("mean egress, Gbit/s", lambda o: _n(o.egress_gbps, 3)),
         ("transfers measured", lambda o: f"{o.transfers:,}"),
         ("  mean, ms", lambda o: _ms(o.transfer_mean_s)),

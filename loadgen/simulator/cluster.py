@@ -101,6 +101,8 @@ class Cluster:
             prefill_free_at_s=np.zeros(count),
             decode_free_at_s=np.zeros(count),
             max_inflight_requests=np.full(count, self.max_inflight or UNLIMITED, np.int64),
+            decoding_requests=np.zeros(count, np.int64),
+            waiting_requests=np.zeros(count, np.int64),
             links=links,
         )
 

@@ -82,12 +82,15 @@ class Outcome:
     second_token_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
     wire_bytes: NDArray[np.float64]
+    """Of its own transfer."""
+    fetched_bytes: NDArray[np.float64]
+    """On the wire of the prefixes that were fetched for it."""
     reason: NDArray[np.int32]
     """Of the last decision or refusal; indices into `reasons`."""
     reasons: dict[str, int]
     """How often each reason of a decision or refusal was given."""
     link_bytes: dict[tuple[str, str], float]
-    """What crossed each link, cancelled transfers included."""
+    """What crossed each link, cancelled transfers and fetched prefixes included."""
     wire_ratio: float
     """Bytes on the wire for a byte of KV."""
     busy_prefill_s: float

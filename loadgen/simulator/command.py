@@ -77,14 +77,19 @@ def _simulate(args: argparse.Namespace) -> None:
     check_writable(args)
     workload = workload_from(args)
     deployment = deployment_from(args, workload)
-    outcome = deployment.run(workload)
+    outcome, conversions = deployment.run(workload)
     snapshot = deployment.cluster.snapshot()
     rows = records(outcome, snapshot.names, snapshot.region_names)
     if not args.json:
-        sys.stdout.write(deployment.as_text() + "\n\n")
-    about = {"policy": deployment.policy_name, "threshold": deployment.threshold_tokens, "nodes": deployment.nodes}
-    name = f"{workload.name}, {deployment.policy_name}"
-    put_out(args, [Run(name, rows)], objective, "A simulation", notes=[deployment.as_text()], deployment=about)
+        sys.stdout.write("\n".join([deployment.as_text(), *conversions]) + "\n\n")
+    about = {
+        "policy": deployment.policy_name,
+        "threshold": deployment.threshold_tokens,
+        "nodes": deployment.nodes,
+        "conversions": conversions,
+    }
+    name, notes = f"{workload.name}, {deployment.policy_name}", [deployment.as_text(), *conversions]
+    put_out(args, [Run(name, rows)], objective, "A simulation", notes=notes, deployment=about)
 
 
 def _only(args: argparse.Namespace, allowed: set[str], what: str) -> None:
@@ -113,12 +118,13 @@ def _write_results(path: Path, traces: Path | None, seeds: int, requests: int, a
     check_writable(args, ("results",))
     paper = _with_progress(seeds, requests)
     made = list(results.summaries(wanted, _progress))
-    page = results.document(made, paper, traces_given=found is not None)
+    drifted = list(results.drift_summaries(_progress))
+    page = results.document(made, drifted, paper, traces_given=found is not None)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--results {path}: {error.strerror}") from None
-    _print(args.json, {"paper": paper, "scenarios": made}, f"wrote {path}")
+    _print(args.json, {"paper": paper, "scenarios": made, "drifts": drifted}, f"wrote {path}")
 
 
 def _print(as_json: bool, made: dict[str, Any], words: str) -> None:

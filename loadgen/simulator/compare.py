@@ -74,7 +74,7 @@ def figures(scenario: Scenario, outcome: Outcome) -> Figures:
         float(np.quantile(first_s, 0.9)) if first_s.size else float("nan"),
         float(outcome.offloaded[served].mean()) if first_s.size else float("nan"),
         1 - int(np.count_nonzero(served)) / max(1, int(np.count_nonzero(inside))),
-        float(outcome.wire_bytes[served].sum()) / (end_s - start_s) * 8e-9,
+        float((outcome.wire_bytes + outcome.fetched_bytes)[served].sum()) / (end_s - start_s) * 8e-9,
     )
 
 

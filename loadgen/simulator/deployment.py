@@ -12,6 +12,7 @@ from prfaas.common.errors import ConfigError
 from prfaas.common.perfmodel.lengths import sample_of
 from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.common.perfmodel.profiles import NodeProfile, named
+from prfaas.common.scheduling.conversion import ConversionSettings
 from prfaas.common.scheduling.planner import LIVE, Demand, HomePool, OffloadPool, plan
 from prfaas.common.scheduling.policies import (
     ADMIT_ALL,
@@ -22,6 +23,7 @@ from prfaas.common.scheduling.policies import (
     RoundRobin,
     StaticThreshold,
 )
+from prfaas.common.scheduling.slow_planner import SlowPlanner, SlowSettings
 from prfaas.common.scheduling.types import AdmittingPolicy
 from prfaas.loadgen.simulator.caches import CacheBlind, RegionCaches
 from prfaas.loadgen.simulator.case_paper import AWAY, HOME
@@ -46,6 +48,8 @@ class Deployment:
     cache_bytes: int
     cache_blind: bool
     changes: tuple[Change, ...] = ()
+    replan_every_s: float = 0.0
+    """The slow planner's period; 0: roles and planned thresholds stay."""
 
     @property
     def nodes(self) -> dict[str, int]:
@@ -57,12 +61,13 @@ class Deployment:
         threshold = "" if self.threshold_tokens is None else f", threshold {self.threshold_tokens:,.0f} tokens"
         return f"{nodes}; {self.policy_name}{threshold}"
 
-    def run(self, workload: Workload) -> Outcome:
-        """One run; an adaptive policy is given a tick a second."""
+    def run(self, workload: Workload) -> tuple[Outcome, list[str]]:
+        """One run, and a line for each conversion that the slow planner made in it; an adaptive policy is given a tick
+        a second."""
         policy = self.policy()
         adapt = getattr(policy, "adapt", None)
         caches = self._caches(workload)
-        return Simulation(
+        simulation = Simulation(
             self.cluster,
             _load(workload),
             CacheBlind(policy) if self.cache_blind else policy,
@@ -71,7 +76,20 @@ class Deployment:
             hold=True,
             caches=caches,
             on_tick=adapt,
-        ).run()
+            slow=self._slow_planner(),
+        )
+        outcome = simulation.run()
+        names = simulation.snapshot.region_names
+        return outcome, [
+            f"{at_s:,.0f} s, {names[made.home_region]}: {made.sentence()}"
+            for at_s, made in simulation.slow_decisions
+            if made.to_prefill
+        ]
+
+    def _slow_planner(self) -> SlowPlanner | None:
+        if not self.replan_every_s:
+            return None
+        return SlowPlanner(SlowSettings(ConversionSettings(period_s=self.replan_every_s)))
 
     def _caches(self, workload: Workload) -> RegionCaches | None:
         if not self.cache_bytes:
@@ -97,6 +115,7 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nodes-back", metavar="S:REGION", action="append", default=[], help="all that were lost")
     add("--policy", choices=POLICIES, default="adaptive", help="how requests are routed [adaptive]")
     add("--threshold", metavar="TOKENS", help="longer uncached lengths are offloaded [as planned]")
+    add("--replan-every", metavar="S", default="0", help="plan roles and threshold anew, as measured [0: never]")
     add("--cache-gib", metavar="GIB", default="0", help="prefix pool of each region [0: no caches]")
     add("--cache-blind", action="store_true", help="the policy isn't told what caches hold")
     add("--admit-all", action="store_true", help="refuse nothing, however late it will be")
@@ -115,6 +134,7 @@ def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
     threshold = None if args.threshold is None else numbers.number("--threshold", args.threshold)
     changes = _changes(args, numbers, rtt_ms, loss)
     cache_gib = numbers.number("--cache-gib", args.cache_gib)
+    replan_every_s = numbers.number("--replan-every", args.replan_every)
     if loss >= 1:
         numbers.problems.append(f"--link-loss {args.link_loss} must be below 1")
     if numbers.problems:
@@ -143,6 +163,7 @@ def deployment_from(args: argparse.Namespace, workload: Workload) -> Deployment:
         round(cache_gib * 2**30),
         args.cache_blind,
         changes,
+        replan_every_s,
     )
 
 

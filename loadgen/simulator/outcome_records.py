@@ -45,6 +45,7 @@ def records(outcome: Outcome, node_names: Sequence[str] = (), region_names: Sequ
         transfer_s=np.where(served & (outcome.offloaded > 0), outcome.kv_ready_s - outcome.prefill_start_s, np.nan),
         kv_raw_bytes=np.where(wire > 0, wire / outcome.wire_ratio, wire).astype(np.int64),
         kv_wire_bytes=wire,
+        fetched_wire_bytes=np.where(served, outcome.fetched_bytes, -1).astype(np.int64),
         **known,
     )
 

@@ -14,16 +14,20 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from prfaas.common.errors import ConfigError
+from prfaas.common.scheduling.routes import fetch_seconds
+from prfaas.common.scheduling.slow_planner import SlowDecision, SlowPlanner
 from prfaas.common.scheduling.types import (
     ROLE_DECODE,
     ROLE_PREFILL,
     AdmittingPolicy,
     ClusterSnapshot,
     Decision,
+    PrefixMatches,
     Refused,
     RequestSnapshot,
 )
@@ -51,6 +55,7 @@ NEVER_S = 1e7
 IDLE_TICKS = 100
 """When nobody is there, so many more ticks bring a policy back to rest; then the next one comes with the next event."""
 LINK_DEAD = "link_dead"
+_AT_ONCE_S = 1e-9
 
 
 @dataclass
@@ -60,7 +65,8 @@ class Simulation:
     concurrency: 0 = open loop, by the load's arrivals; else so many requests are always under way, in the load's order.
     source: says instead when each request of the load comes; the load's own arrivals are then not looked at.
     hold: what finds all nodes full waits at the router rather than being refused. on_tick: called each `tick_s` with
-    the snapshot, to adapt the policy. stop_s: no later events; what isn't done then stays without an end.
+    the snapshot, to adapt the policy. slow: plans roles and thresholds, from what it sees of the run, at its own pace.
+    stop_s: no later events; what isn't done then stays without an end.
     """
 
     cluster: Cluster
@@ -73,6 +79,7 @@ class Simulation:
     caches: PrefixCaches | None = None
     on_tick: Callable[[float, ClusterSnapshot], None] | None = None
     tick_s: float = 1.0
+    slow: SlowPlanner | None = None
     stop_s: float = _INF
     layers: int = 64
     wire_ratio: float = 1.0
@@ -100,6 +107,10 @@ class Simulation:
     _reasons: dict[str, int] = field(init=False, default_factory=dict)
     _reason_codes: dict[str, int] = field(init=False, default_factory=dict)
     _busy_s: float = field(init=False, default=0.0)
+    _fetches: int = field(init=False, default=0)
+    """On a link a request's transfer is a flow with its number, the n-th fetch one with −n."""
+    slow_decisions: list[tuple[float, SlowDecision]] = field(init=False, default_factory=list)
+    """(when, what) of each step of the slow planner."""
 
     def __post_init__(self) -> None:
         check_changes(self.cluster, self.changes)
@@ -140,7 +151,7 @@ class Simulation:
         self._cached = blank("q", 0)
         self._begun, self._bare, self._kv_ready = blank("d", nan), blank("d", nan), blank("d", nan)
         self._joined, self._first, self._second = blank("d", nan), blank("d", nan), blank("d", nan)
-        self._end, self._wire = blank("d", nan), blank("d", 0.0)
+        self._end, self._wire, self._fetched = blank("d", nan), blank("d", 0.0), blank("d", 0.0)
         self._reason = blank("i", 0)
         self._kv_held = blank("q", 0)
 
@@ -167,7 +178,7 @@ class Simulation:
 
     def _until_nothing_happens(self, now_s: float) -> tuple[float, bool]:
         """The last event's time, and whether there were later ones than `stop_s`."""
-        if self._links or self.on_tick is not None:
+        if self._links or self.on_tick is not None or self.slow is not None:
             self._push(now_s + self.tick_s, _TICK, 0, 0)
         count = self.load.arrival_s.size
         heap, arrival = self._heap, self._arrival
@@ -260,6 +271,8 @@ class Simulation:
             str(i), prompt, output, prompt, None, home, prefixes, max(0.0, now_s - self._arrival[i])
         )
         answer = self.policy(request, snapshot)
+        if self.slow is not None and self._stage[i] == _NEW and not self._retries[i]:
+            self._arrived(self.slow, request, answer, now_s)
         self._reasons[answer.reason] = self._reasons.get(answer.reason, 0) + 1
         self._reason[i] = self._reason_codes.setdefault(answer.reason, len(self._reason_codes))
         if isinstance(answer, Refused):
@@ -269,9 +282,17 @@ class Simulation:
             else:
                 self._ended(i, REFUSED, now_s)
             return
-        self._send(i, answer, now_s)
+        self._send(i, answer, prefixes, now_s)
 
-    def _send(self, i: int, decision: Decision, now_s: float) -> None:
+    def _arrived(self, slow: SlowPlanner, request: RequestSnapshot, answer: Decision | Refused, now_s: float) -> None:
+        """Its share of the demand that the slow planner plans for."""
+        prompt, output = request.prompt_tokens, request.max_output_tokens
+        held, home = 0, request.home_region
+        if isinstance(answer, Decision):
+            held, home = answer.prefill_start, self.snapshot.region.item(answer.decode_node)
+        slow.arrived(now_s, prompt - held, output, prompt + output // 2, home)
+
+    def _send(self, i: int, decision: Decision, prefixes: PrefixMatches | None, now_s: float) -> None:
         snapshot, prompt = self.snapshot, self._prompt[i]
         decode = decision.decode_node
         prefill = decode if decision.prefill_node is None else decision.prefill_node
@@ -282,7 +303,8 @@ class Simulation:
         snapshot.free_kv_bytes[decode] -= need
         uncached = prompt - decision.prefill_start
         prefill_s = profile.prefill_s.at(uncached)
-        start_s = max(snapshot.prefill_free_at_s.item(prefill), now_s + self._fetch_s(decision))
+        fetched_s = self._fetch(i, decision, prefixes, prefill, now_s)
+        start_s = max(snapshot.prefill_free_at_s.item(prefill), now_s + fetched_s)
         done_s = start_s + prefill_s
         snapshot.prefill_free_at_s[prefill] = done_s
         self._take_place(decode, answer_s=now_s + max(0.0, decision.predicted_ttft_s), output=self._output[i])
@@ -318,17 +340,26 @@ class Simulation:
             heapq.heappush(places, answer_s + output * step_s)
         self.snapshot.decode_free_at_s[row] = places[0] if len(places) >= batch else 0.0
 
-    def _fetch_s(self, decision: Decision) -> float:
-        """Seconds that a prefix takes over the WAN. A fetch is short beside a transfer and isn't made a flow."""
+    def _fetch(self, i: int, decision: Decision, prefixes: PrefixMatches | None, prefill: int, now_s: float) -> float:
+        """Begin to move a prefix over the WAN, if one is fetched; the seconds that it is predicted to take, after which
+        prefill begins. The bytes share the link with all others, so that they may really arrive a little later."""
         if decision.fetch_region is None:
             return 0.0
         snapshot = self.snapshot
-        target = int(snapshot.region[decision.decode_node if decision.prefill_node is None else decision.prefill_node])
-        pair = decision.fetch_region, target
-        profile = snapshot.profiles[0]
-        moved = profile.kv_bytes.at(decision.prefill_start) * self.wire_ratio
-        queued = float(snapshot.links.queued_bytes[pair])
-        return (queued + moved) / float(snapshot.links.bandwidth_bytes_per_s[pair]) + float(snapshot.links.rtt_s[pair])
+        target = snapshot.region.item(prefill)
+        own = 0 if prefixes is None else min(prefixes.in_region(target), self._prompt[i] - 1)
+        kv_bytes = snapshot.profiles[snapshot.profile.item(prefill)].kv_bytes
+        moved = (kv_bytes.at(decision.prefill_start) - (kv_bytes.at(own) if own else 0.0)) * self.wire_ratio
+        seconds = fetch_seconds(snapshot, decision.fetch_region, target, moved)
+        k = self._link_of[decision.fetch_region, target]
+        if moved <= 0:
+            return seconds
+        self._fetches += 1
+        # There is no prefill to follow: all of it is ready at once.
+        self._links[k].start(-self._fetches, moved, _AT_ONCE_S, now_s)
+        self._fetched[i] += moved
+        self._schedule_link(k)
+        return seconds
 
     def _on_start(self, now_s: float, i: int, attempt: int) -> None:
         if attempt != self._attempt[i]:
@@ -450,7 +481,7 @@ class Simulation:
             return
         self._link_due_s[k] = _INF
         for i in self._links[k].through(now_s):
-            if self._stage[i] == _TRANSFER:
+            if i >= 0 and self._stage[i] == _TRANSFER:
                 self._push(now_s + self._half_rtt_s(k), _KV_READY, i, self._attempt[i])
         self._schedule_link(k)
 
@@ -466,6 +497,8 @@ class Simulation:
         self.snapshot.now_s = now_s
         if self.on_tick is not None:
             self.on_tick(now_s, self.snapshot)
+        if self.slow is not None:
+            self._step_slow(self.slow, now_s)
         self._idle_ticks = 0 if self._live else self._idle_ticks + 1
         # There is one tick at a time, so that all that is on the heap are other events.
         next_s = min(self._heap[0][0] if self._heap and self._live else _INF, self._next_arrival_s())
@@ -589,6 +622,24 @@ class Simulation:
                 snapshot.prefill_free_at_s[row] = now_s
         self._unpark(now_s)
 
+    def _step_slow(self, slow: SlowPlanner, now_s: float) -> None:
+        """What the live router does every second: look, and when a plan is due carry it out."""
+        snapshot = self.snapshot
+        for row, node in self._decode.items():
+            snapshot.decoding_requests[row] = len(node.running)
+            snapshot.waiting_requests[row] = len(node.waiting)
+        slow.observe(snapshot)
+        if not slow.due(now_s):
+            return
+        for decision in slow.step(snapshot):
+            self.slow_decisions.append((now_s, decision))
+            if decision.threshold_tokens is not None and (plan := getattr(self.policy, "plan", None)) is not None:
+                plan(decision.home_region, decision.threshold_tokens)
+            if decision.to_prefill:
+                region = snapshot.region_names[decision.home_region]
+                to_role: Literal["prefill", "decode"] = "prefill" if decision.to_prefill > 0 else "decode"
+                self._begin_role_change(RoleChange(now_s, region, to_role, abs(decision.to_prefill)), now_s)
+
     def _begin_role_change(self, change: RoleChange, now_s: float) -> None:
         snapshot = self.snapshot
         region, to_role = snapshot.region_names.index(change.region), ROLES[change.to_role]
@@ -608,6 +659,7 @@ class Simulation:
         if row in self._dead:
             return
         snapshot.role[row] = to_role
+        snapshot.decoding_requests[row] = snapshot.waiting_requests[row] = 0
         snapshot.usable[row] = True
         snapshot.prefill_free_at_s[row] = now_s
         snapshot.layout_version += 1
@@ -655,6 +707,7 @@ class Simulation:
             second_token_s=column(self._second, np.float64),
             end_s=column(self._end, np.float64),
             wire_bytes=column(self._wire, np.float64),
+            fetched_bytes=column(self._fetched, np.float64),
             reason=column(self._reason, np.int32),
             reasons=dict(self._reasons),
             wire_ratio=self.wire_ratio,

@@ -118,7 +118,8 @@ def scenario_of(trace: Trace, load_share: float = LOAD_SHARE, trace_s: float = T
         (),
         (),
         (end_s * WARM_SHARE, end_s),
-        (),
+        # Nothing certain happens: a clairvoyant may change its mind in the middle.
+        (end_s * WARM_SHARE, end_s * (1 + WARM_SHARE) / 2),
         trace=trace,
         speedup=speedup,
         trace_s=lasts_s,

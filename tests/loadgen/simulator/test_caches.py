@@ -1,10 +1,13 @@
 """Prefix pools of the regions, and routing that doesn't see them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from prfaas.common.prefixcache.sizes import CacheSizes
 from prfaas.common.scheduling.policies import ADMIT_ALL, HomogeneousPd, OffloadAll
 from prfaas.loadgen.simulator.caches import CacheBlind, RegionCaches
+from prfaas.loadgen.simulator.outcome_records import records
 from prfaas.loadgen.simulator.simulation import Simulation
 from prfaas.loadgen.workloads.prefixes import TracePrefixes
 
@@ -51,6 +54,34 @@ def test_only_the_increment_crosses():
     stateless = run(OffloadAll(ADMIT_ALL), caches(*TURNS, {0: ROOM}))
     assert stateless.wire_bytes == pytest.approx([250e3, 250e3])
     assert stateless.cached_tokens.tolist() == [0, 0]
+
+
+@dataclass
+class Fetching(OffloadAll):
+    """Away, with the prefix that only the home region holds."""
+
+    def choose(self, request, cluster, found):
+        route, reason = super().choose(request, cluster, found)
+        if request.prefixes is None:
+            return route, reason
+        return route._replace(prefill_start=request.prefixes.in_region(0), fetch_region=0), reason
+
+
+def test_bytes_of_a_fetched_prefix_count():
+    """The first prompt's prefix goes from home to away and counts there, beside the increment's bytes on the way back;
+    what the away region holds already isn't moved."""
+    for capacity, moved in (({0: ROOM}, 200e3), ({0: ROOM, 1: ROOM}, 0.0)):
+        cluster = two_regions()
+        cluster.links["home", "away"] = cluster.links["away", "home"]
+        requests = load([0.0, 5.0], TURNS[0])
+        simulation = Simulation(cluster, requests, Fetching(ADMIT_ALL), caches=caches(*TURNS, capacity))
+        made = simulation.run()
+        assert made.fetched_bytes == pytest.approx([0.0, moved])
+        assert made.link_bytes["home", "away"] == pytest.approx(moved)
+        assert made.link_bytes["away", "home"] == pytest.approx(made.wire_bytes.sum())
+        assert made.prefill_start_s[1] == pytest.approx(5.0 + moved / 1e9)
+        assert records(made).fetched_wire_bytes.tolist() == pytest.approx([0, moved])
+        assert not simulation._links[1].remaining_bytes(1e3)
 
 
 def test_cache_blind():

@@ -56,6 +56,19 @@ def test_a_workload_on_a_deployment(capsys, policy):
     assert (run["offload"]["offloaded"] > 0) == (policy != "homogeneous")
 
 
+def test_roles_follow_the_requests(capsys):
+    """With --replan-every nodes change their role, each is said with its reason, and more is good than without."""
+    flags = ["simulate", "--num-prompts", "3000", "--isl", "paper", "--osl", "2048", "--request-rate", "2.5", "--json"]
+    good = []
+    for more in ([], ["--replan-every", "60"]):
+        assert main([*flags, "--home-prefill-nodes", "3", *more]) == 0
+        made = json.loads(capsys.readouterr().out)
+        good.append(made["runs"][0]["goodput_per_s"])
+        conversions = made["deployment"]["conversions"]
+    assert conversions[0].startswith("121 s, pd: 3 : 5 becomes 2 : 6: it carries +")
+    assert good[1] > good[0]
+
+
 def test_a_trace_with_caches(capsys, tmp_path):
     """Prefixes of a trace are found in the regions' pools."""
     lines = []

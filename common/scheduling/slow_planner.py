@@ -1,0 +1,284 @@
+"""The slow timescale, as one state machine: what was measured in, what to do and why out. Pure.
+
+    a request came       ──▶ arrived ─▶ lengths of the last `demand_s`
+    every second or so   ──▶ observe ─▶ how busy each stage is, on the average since the last step
+    when `step` is due   ──▶ a decision for each home region: nodes that change their role, a new threshold, the reason
+
+The router calls it on its own clock and snapshot, the simulator on a virtual one. A *home region* is one that decodes.
+Its nodes in either role can take the other; nodes of other regions that prefill are what it may offload to. Where there
+are several home regions, each is planned with the share of the others' nodes that its own requests are of all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from prfaas.common.errors import ConfigError, InfeasibleError
+from prfaas.common.perfmodel.lengths import sample_of
+from prfaas.common.perfmodel.links import LinkProfile
+from prfaas.common.perfmodel.profiles import NodeProfile
+from prfaas.common.scheduling.conversion import (
+    ConversionDecision,
+    ConversionSettings,
+    ConversionState,
+    StageLoad,
+    decide,
+)
+from prfaas.common.scheduling.planner import LIVE, Demand, HomePool, OffloadPool, Plan, PlannerSettings
+from prfaas.common.scheduling.types import ROLE_DECODE, ROLE_PREFILL, ClusterSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class SlowSettings:
+    """What the paper leaves open of the slow timescale, besides the plan and the conversions themselves."""
+
+    conversion: ConversionSettings = field(default_factory=ConversionSettings)
+    planner: PlannerSettings = LIVE
+    demand_s: float = 600.0
+    """Requests of so long a time make the demand that is planned for (s): long beside a burst, short beside a day."""
+    demand_requests: int = 4096
+    """Of these at most so many, the newest: 2 ms of planning."""
+    min_requests: int = 100
+    """With fewer nothing is planned: their lengths say too little."""
+    threshold_change: float = 0.1
+    """A planned threshold that differs by less, relatively, is no news: the fast policy's adaptation goes on."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.demand_s) and self.demand_s > 0) or self.threshold_change < 0:
+            raise ValueError("demand_s must be above 0 and threshold_change at least 0")
+        if not 1 <= self.min_requests <= self.demand_requests:
+            raise ValueError("min_requests must be from 1 to demand_requests")
+
+
+@dataclass(frozen=True, slots=True)
+class SlowDecision:
+    """For one home region. to_prefill: of its nodes, so many go from decode to prefill; negative: the other way.
+    threshold_tokens: the fast policy's new plan, None: as before. reason: conversion.Reason, or why nothing could be
+    planned: too_few_requests, no_profile, infeasible. plan: of the split that holds from now on."""
+
+    home_region: int
+    to_prefill: int
+    reason: str
+    threshold_tokens: float | None
+    plan: Plan | None
+    gain: float
+    n_prefill: int
+    n_decode: int
+    rate_per_s: float
+    """Requests/s that came."""
+    prefill: StageLoad
+    decode: StageLoad
+    detail: str = ""
+
+    def sentence(self) -> str:
+        """For a log or a person."""
+        stages = (
+            f"prefill is {self.prefill.utilisation:.0%} busy with a queue of {self.prefill.queue_s:.1f} s, decode"
+            f" {self.decode.utilisation:.0%} with {self.decode.queue_s:.1f} s"
+        )
+        split = f"{self.n_prefill} : {self.n_decode}"
+        if self.plan is None:
+            return f"{_WHY.get(self.reason, self.reason)}{': ' + self.detail if self.detail else ''}"
+        after = f"{self.n_prefill + self.to_prefill} : {self.n_decode - self.to_prefill}"
+        if self.to_prefill:
+            return f"{split} becomes {after}: it carries {self.gain:+.0%} requests; {stages}"
+        return f"{split} stays: {_WHY.get(self.reason, self.reason)}; {stages}"
+
+
+_WHY = {
+    "balanced": "no other split carries more",
+    "not_needed": "the stage that would gain nodes is not the busier one",
+    "gain_too_small": "another split would carry too little more",
+    "cost_too_high": "a conversion would cost more than it brings back in time",
+    "confirming": "another split carries more; the next plan must say so, too",
+    "cooling_down": "another split carries more; the last conversion is too recent",
+    "too_few_requests": "too few requests to know their lengths",
+    "no_profile": "there is no profile of the nodes",
+    "infeasible": "no split serves these requests",
+}
+
+
+@dataclass(slots=True)
+class _Home:
+    """What is remembered of one home region."""
+
+    state: ConversionState = field(default_factory=ConversionState)
+    threshold_tokens: float = math.nan
+    """That was given out last."""
+    stepped_s: float = -math.inf
+    observed: int = 0
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
+
+
+@dataclass(slots=True)
+class SlowPlanner:
+    """One a router or simulation. Call `arrived`, `observe` and `step` from one thread."""
+
+    settings: SlowSettings = field(default_factory=SlowSettings)
+    _arrivals: deque[tuple[float, int, int, int, int]] = field(init=False)
+    _homes: dict[int, _Home] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._arrivals = deque(maxlen=self.settings.demand_requests)
+
+    def arrived(
+        self, now_s: float, uncached_tokens: int, output_tokens: int, context_tokens: int, home_region: int | None
+    ) -> None:
+        """One request, served or refused. uncached_tokens: that no cache which could be used had. context_tokens: that
+        it holds while it decodes, on the average. home_region: that decodes it, None where that was not decided."""
+        home = -1 if home_region is None else home_region
+        self._arrivals.append((now_s, max(1, uncached_tokens), output_tokens, context_tokens, home))
+
+    def observe(self, cluster: ClusterSnapshot) -> None:
+        """Look how busy the stages are; they are averaged over the looks."""
+        for region in home_regions(cluster):
+            home = self._homes.setdefault(region, _Home())
+            prefill, decode = stage_loads(cluster, region, self._mean_output())
+            home.sums += (prefill.utilisation, prefill.queue_s, decode.utilisation, decode.queue_s)
+            home.observed += 1
+
+    def due(self, now_s: float) -> bool:
+        return any(self._is_due(home, now_s) for home in self._homes.values())
+
+    def step(self, cluster: ClusterSnapshot) -> list[SlowDecision]:
+        """The decisions that are due now, one a home region; the state goes on as if each was carried out."""
+        made = []
+        for region in home_regions(cluster):
+            home = self._homes.setdefault(region, _Home())
+            if self._is_due(home, cluster.now_s):
+                made.append(self._decide(cluster, region, home))
+                home.stepped_s, home.observed, home.sums = cluster.now_s, 0, np.zeros(4)
+        return made
+
+    def preview(self, cluster: ClusterSnapshot, region: int) -> SlowDecision:
+        """What `step` would decide were it due now, and nothing changes."""
+        kept = self._homes.get(region, _Home())
+        state = ConversionState(-math.inf, kept.state.converted_s, kept.state.direction, kept.state.agreed)
+        copy = _Home(state, kept.threshold_tokens, kept.stepped_s, kept.observed, kept.sums)
+        return self._decide(cluster, region, copy)
+
+    def cool_down_left_s(self, region: int, now_s: float) -> float:
+        """Until the next conversion may follow the last one."""
+        home = self._homes.get(region)
+        if home is None:
+            return 0.0
+        return max(0.0, home.state.converted_s + self.settings.conversion.cool_down_s - now_s)
+
+    def _is_due(self, home: _Home, now_s: float) -> bool:
+        return home.observed > 0 and now_s >= home.stepped_s + self.settings.conversion.period_s * (1 - 1e-9)
+
+    def _decide(self, cluster: ClusterSnapshot, region: int, home: _Home) -> SlowDecision:
+        sums = home.sums / max(1, home.observed)
+        prefill, decode = StageLoad(float(sums[0]), float(sums[1])), StageLoad(float(sums[2]), float(sums[3]))
+        n_prefill, n_decode = (int(_rows(cluster, region, role).size) for role in (ROLE_PREFILL, ROLE_DECODE))
+        arrivals = self._recent(cluster.now_s, region)
+        span_s = cluster.now_s - arrivals[0][0] if arrivals else 0.0
+        rate = len(arrivals) / span_s if span_s > 0 else 0.0
+
+        def answer(reason: str, decision: ConversionDecision | None = None, detail: str = "") -> SlowDecision:
+            made = decision or ConversionDecision(0, "not_due")
+            threshold = self._news(home, made.plan)
+            return SlowDecision(
+                region, made.to_prefill, reason, threshold, made.plan, made.gain, n_prefill, n_decode, rate, prefill,
+                decode, detail,
+            )  # fmt: skip
+
+        if len(arrivals) < self.settings.min_requests:
+            return answer("too_few_requests", detail=f"{len(arrivals)} of {self.settings.min_requests}")
+        profile = _home_profile(cluster, region)
+        if profile is None:
+            return answer("no_profile")
+        columns = np.array([row[1:4] for row in arrivals], np.float64)
+        demand = Demand(
+            sample_of(columns[:, 0].astype(np.int64)), float(columns[:, 1].mean()), float(columns[:, 2].mean())
+        )
+        try:
+            home.state, decision = decide(
+                home.state,
+                cluster.now_s,
+                demand,
+                HomePool(profile, n_prefill + n_decode),
+                self._offload(cluster, region, len(arrivals)),
+                n_prefill,
+                prefill,
+                decode,
+                self.settings.conversion,
+                self.settings.planner,
+            )
+        except (InfeasibleError, ConfigError) as error:
+            return answer("infeasible", detail=str(error))
+        return answer(decision.reason, decision)
+
+    def _news(self, home: _Home, plan: Plan | None) -> float | None:
+        """The plan's threshold, if the fast policy should hear of it."""
+        if plan is None:
+            return None
+        old, new = home.threshold_tokens, plan.threshold_tokens
+        if old == new or abs(new - old) <= self.settings.threshold_change * old:
+            return None
+        home.threshold_tokens = new
+        return new
+
+    def _recent(self, now_s: float, region: int) -> list[tuple[float, int, int, int, int]]:
+        while self._arrivals and self._arrivals[0][0] < now_s - self.settings.demand_s:
+            self._arrivals.popleft()
+        return [row for row in self._arrivals if row[4] in (-1, region)]
+
+    def _mean_output(self) -> float:
+        return sum(row[2] for row in self._arrivals) / len(self._arrivals) if self._arrivals else 0.0
+
+    def _offload(self, cluster: ClusterSnapshot, home: int, requests: int) -> list[OffloadPool]:
+        """Prefill nodes elsewhere that this region can be sent KV from; its share of them, at least one node each."""
+        share = requests / max(1, len(self._arrivals)) if len(home_regions(cluster)) > 1 else 1.0
+        pools = []
+        for pool in cluster.pools(ROLE_PREFILL):
+            bandwidth = float(cluster.links.bandwidth_bytes_per_s[pool.region, home]) if pool.region != home else 0.0
+            usable = int(np.count_nonzero(cluster.usable[pool.rows]))
+            if not usable or bandwidth <= 0:
+                continue
+            nodes = max(1, round(usable * share))
+            rtt_s = float(cluster.links.rtt_s[pool.region, home])
+            link = LinkProfile(bandwidth * share, rtt_s)
+            pools.append(OffloadPool(cluster.profiles[pool.profile], nodes, link))
+        return pools
+
+
+def home_regions(cluster: ClusterSnapshot) -> list[int]:
+    """Regions with a decode node, usable or not."""
+    return sorted({pool.region for pool in cluster.pools(ROLE_DECODE)})
+
+
+def stage_loads(cluster: ClusterSnapshot, region: int, output_tokens: float) -> tuple[StageLoad, StageLoad]:
+    """(prefill, decode) of a home region now. Without prefill nodes of its own, prefill's is that of the others':
+    where these are full, nodes at home are needed."""
+    rows = _rows(cluster, region, ROLE_PREFILL)
+    if not rows.size:
+        rows = np.flatnonzero((cluster.role == ROLE_PREFILL) & cluster.usable)
+    waits = np.maximum(cluster.prefill_free_at_s[rows] - cluster.now_s, 0.0)
+    prefill = StageLoad(float((waits > 0).mean()), float(waits.mean())) if rows.size else StageLoad(1.0, 0.0)
+    rows = _rows(cluster, region, ROLE_DECODE)
+    if not rows.size:
+        return prefill, StageLoad(1.0, 0.0)
+    profiles = [cluster.profiles[int(p)] for p in cluster.profile[rows]]
+    places = sum(profile.max_batch for profile in profiles)
+    running = float(cluster.decoding_requests[rows].sum())
+    waiting = float(cluster.waiting_requests[rows].sum())
+    step_s = profiles[0].step_s(profiles[0].max_batch, 0.0) if profiles[0].decode_step_s is not None else 0.0
+    return prefill, StageLoad(min(1.0, running / places), waiting / places * output_tokens * step_s)
+
+
+def _rows(cluster: ClusterSnapshot, region: int, role: int) -> NDArray[np.int64]:
+    return np.flatnonzero((cluster.role == role) & (cluster.region == region) & cluster.usable)
+
+
+def _home_profile(cluster: ClusterSnapshot, region: int) -> NodeProfile | None:
+    """That of most nodes there which can decode."""
+    rows = np.concatenate([_rows(cluster, region, role) for role in (ROLE_PREFILL, ROLE_DECODE)])
+    found: Sequence[int] = cluster.profile[rows].tolist()
+    able = [p for p in found if 0 <= p < len(cluster.profiles) and cluster.profiles[p].decode_step_s is not None]
+    return cluster.profiles[max(set(able), key=able.count)] if able else None
