@@ -234,8 +234,9 @@ class Dispatcher:
         to a region that isn't there."""
         now_s = self.now_s()
         cluster = self.registry.snapshot(now_s)
-        request = self._request(job, progress, cluster, now_s)
-        answer = self.policy(request, cluster)
+        began_s = time.perf_counter()
+        answer = self.policy(self._request(job, progress, cluster, now_s), cluster)
+        self.metrics.decision_seconds.observe(time.perf_counter() - began_s)
         if isinstance(answer, Refused):
             self.metrics.decisions.labels(f"refused_{answer.reason}").inc()
             logger.info(
@@ -248,9 +249,8 @@ class Dispatcher:
             raise refusal(answer)
         decode = self.registry.node(answer.decode_node)
         mine, theirs = shares(answer, cluster, job.prompt.tokens, job.max_output_tokens)
-        attempt = Attempt(
-            answer.reason, decode, None, answer, mine, theirs, None, job.prompt.tokens, answer.token_start
-        )
+        attempt = Attempt(answer.reason, decode, None, answer, mine, theirs)
+        attempt.prompt_tokens, attempt.held_tokens = job.prompt.tokens, answer.token_start
         if progress.prefill_gave_up:
             attempt.reason = "prefill_failed"
         elif answer.prefill_node is not None:

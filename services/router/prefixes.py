@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from prfaas.services.router.registry import MAX_NODES
 
 Sharing = Literal["all", "key", "none"]
 MAX_HOLDERS_NAMED = 16
-"""Of a prompt, the longest first: the policies' own bound on what they look at. What others hold is asked one by one."""
+"""Of a prompt, longest first: as many as policies look at one by one. What another one holds can be asked."""
 MAX_HOLDERS_SEEN = 64
 """Among whom the best of each region is looked for."""
 HASHERS = 1024
@@ -150,11 +151,7 @@ def _best_holders(
     rows: list[int] = []
     tokens: list[int] = []
     usable = cluster.usable
-    seen = 0
-    for row, blocks in match.longest_first():
-        seen += 1
-        if seen > MAX_HOLDERS_SEEN:
-            break
+    for row, blocks in islice(match.longest_first(), MAX_HOLDERS_SEEN):
         if row < usable.size and usable.item(row):
             rows.append(row)
             tokens.append(blocks * block_tokens)
