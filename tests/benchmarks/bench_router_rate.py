@@ -4,8 +4,8 @@
 
 Real processes on loopback: the router (so many processes behind one port), emulated decode nodes, and this client,
 which speaks just enough HTTP/1.1 to cost little. Prompts of 32 ids, one token of output, prefilled at home; a closed
-loop. Every process' CPU is read from /proc: on a machine whose cores all of them share, the rate is what the cores give to
-the sum, and the router's own ceiling is one core over its CPU a request, which is printed beside it.
+loop. Every process' CPU is read from /proc: on a machine whose cores all of them share, the rate is what the cores
+give to the sum, and the router's own ceiling is one core over its CPU a request, which is printed beside it.
 """
 
 from __future__ import annotations
