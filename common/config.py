@@ -155,6 +155,16 @@ class RouterConfig:
     request_timeout_s: float = setting(600.0, "longest life of a request", _between(1, 86400))
     timelines: int = setting(256, "how many request timelines are kept", _between(0, 1 << 16))
     tokenizer_threads: int = setting(1, "threads for tokenizing and JSON of long prompts", _between(1, 64))
+    processes: int = setting(
+        1, "router processes that share the API's port; each is a router of its own", _between(1, 64)
+    )
+    node_port: int = setting(
+        0,
+        "with several processes, process 1 takes heartbeats here, 2 one above, ...; 0 = above bind's",
+        _between(0, 65535),
+    )
+    advertise: str = setting("", "with several processes, the host under which nodes reach them; empty = bind's")
+    process: int = setting(0, "set by the parent of several processes: which one this is", _between(0, 64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,8 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """The number of the prefix event that is wanted next, or events.RESTART; None: the heartbeat had none."""
     wants_profile: bool = False
     """This router doesn't know the profile with this id."""
+    routers: list[str] = []
+    """This address is shared by several routers, none of which has registered the node: heartbeat to these."""
 
 
 class SamplingMessage(msgspec.Struct, frozen=True, omit_defaults=True):

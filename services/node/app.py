@@ -31,6 +31,8 @@ from prfaas.transport.tls import Tls
 
 # A body of 262,144 token ids and their JSON, several times over.
 MAX_BODY_BYTES = 64 << 20
+MAX_ROUTERS = 64
+"""Processes of one router; its setting has the same bound."""
 # After its leases were freed, a handler needs a layer's time to clean up.
 CLEAN_UP_S = 5.0
 
@@ -55,8 +57,10 @@ class Node:
         self.url = ""
         self.secret = services_web.read_secret(config.cluster)
         self._signer = services_web.Signer.of(self.secret, config.cluster)
-        self._links: list[RouterLink] = []
-        self._beating: list[asyncio.Task[None]] = []
+        self._links: dict[str, RouterLink] = {}
+        self._beating: dict[str, asyncio.Task[None]] = {}
+        self._shared: dict[str, list[str]] = {}
+        """An address that several routers share, and theirs."""
         self._session: aiohttp.ClientSession | None = None
         self._started = False
 
@@ -124,31 +128,50 @@ class Node:
         """Register at every router as reachable under `url`, and keep the registration fresh."""
         self.url = url
         self._session = services_web.client_session()
+        for router_url in self.config.node.routers:
+            self._register_at(router_url)
+
+    def _register_at(self, router_url: str) -> None:
+        if router_url in self._links:
+            return
+        assert self._session is not None
         config = self.config.node
-        for router_url in dict.fromkeys(config.routers):
-            link = RouterLink(
-                router_url,
-                self._session,
-                self._signer,
-                self.metrics.node,
-                config.heartbeat_s,
-                config.router_dead_s,
-                self._heartbeat,
-                self._answered,
-                self._router_died,
-                self.tls,
-            )
-            self._links.append(link)
-            self._beating.append(asyncio.create_task(link.run()))
+        link = self._links[router_url] = RouterLink(
+            router_url,
+            self._session,
+            self._signer,
+            self.metrics.node,
+            config.heartbeat_s,
+            config.router_dead_s,
+            self._heartbeat,
+            self._answered,
+            self._router_died,
+            self._routers_are,
+            self.tls,
+        )
+        self._beating[router_url] = asyncio.create_task(link.run())
+
+    def _routers_are(self, shared: str, urls: list[str]) -> None:
+        """The processes of a router have said where each of them is."""
+        if self.leaving or len(urls) > MAX_ROUTERS:
+            return
+        before, self._shared[shared] = self._shared.get(shared, []), urls
+        for gone in set(before) - set(urls) - set(self.config.node.routers):
+            if (link := self._links.pop(gone, None)) is not None:
+                self._beating.pop(gone).cancel()
+                if link.router is not None:
+                    self._router_died(link.router)
+        for router_url in urls:
+            self._register_at(router_url)
 
     async def leave(self) -> None:
         """The last heartbeats; no more follow."""
-        for task in self._beating:
+        self.leaving = True
+        for task in self._beating.values():
             task.cancel()
         if self._beating:
-            await asyncio.wait(self._beating)
-        self.leaving = True
-        await asyncio.gather(*(link.leave() for link in self._links))
+            await asyncio.wait(self._beating.values())
+        await asyncio.gather(*(link.leave() for link in self._links.values()))
         if self._session is not None:
             await self._session.close()
 
@@ -166,12 +189,12 @@ class Node:
                 await asyncio.wait_for(self.leases.none_left(), CLEAN_UP_S)
 
     def _beat_now(self) -> None:
-        for link in self._links:
+        for link in self._links.values():
             link.beat_now()
 
     def router_clock(self, router: str) -> LinkClock | None:
         """router_monotonic − ours, by the router's name."""
-        return next((link.clock for link in self._links if link.router == router), None)
+        return next((link.clock for link in self._links.values() if link.router == router), None)
 
     def _heartbeat(self, clock: LinkClock | None) -> Heartbeat:
         info, load = self.engine.info, self.engine.load()

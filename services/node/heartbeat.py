@@ -29,7 +29,8 @@ _log = log.get_logger("node")
 
 class RouterLink:
     """`make_heartbeat(clock)` → the next one; `on_answer` gets each answer; `on_dead(router)` is called once when the
-    router that answered last has been silent for `dead_s`, and again only after it has answered again."""
+    router that answered last has been silent for `dead_s`, and again only after it has answered again. `on_moved(url,
+    urls)`: nobody is registered at `url`, which several routers share; each of these is one of them."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class RouterLink:
         make_heartbeat: Callable[[LinkClock | None], Heartbeat],
         on_answer: Callable[[HeartbeatAnswer], None],
         on_dead: Callable[[str], None],
+        on_moved: Callable[[str, list[str]], None],
         tls: Tls | None = None,
     ) -> None:
         self.url = URL(url)
@@ -53,6 +55,7 @@ class RouterLink:
         self._make_heartbeat = make_heartbeat
         self._on_answer = on_answer
         self._on_dead = on_dead
+        self._on_moved = on_moved
         self._tls = tls
         self._estimator = ClockEstimator()
         self._death: asyncio.TimerHandle | None = None
@@ -124,6 +127,10 @@ class RouterLink:
 
     def _answered(self, answer: HeartbeatAnswer) -> None:
         self._metrics.heartbeats.labels("answered").inc()
+        if answer.routers:
+            self._trouble = ""
+            self._on_moved(str(self.url), answer.routers)
+            return
         if self.router != answer.router or self._trouble:
             _log.info("registered at router", router=answer.router, url=str(self.url))
         self._trouble = ""

@@ -14,6 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 from aiohttp import web
 from prfaas.common import log
@@ -33,6 +34,7 @@ from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
+from prfaas.services.router import processes
 from prfaas.services.router.decision import make_policy, read_wishes
 from prfaas.services.router.dispatch import Dispatcher, Job
 from prfaas.services.router.openai import GenerationRequest, Kind
@@ -43,11 +45,14 @@ from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
 from prfaas.transport.tls import Tls
+from yarl import URL
 
 ADAPT_S = 1.0
 """From one look at load and links to the next."""
 GARBAGE_THRESHOLD = 10_000
 """Allocations between two searches for cyclic garbage; Python's own choice is 700."""
+SIBLING_S = 2.0
+"""For another process of this router to say what it knows."""
 NODE_STATES = ("usable", "unreachable", "draining", "lost")
 
 logger = log.get_logger("router")
@@ -73,6 +78,14 @@ class Router:
 
     def why_not_ready(self) -> str | None:
         return self.registry.why_not_ready(time.monotonic())
+
+    @property
+    def name(self) -> str:
+        return processes.name_of(self.config)
+
+    def process_urls(self) -> list[str]:
+        """Of all processes of this router, where each alone is reached."""
+        return processes.urls(self.config, "http" if self.tls is None else "https")
 
     @property
     def served_model(self) -> str:
@@ -128,6 +141,7 @@ class Router:
 ROUTER = web.AppKey("router", Router)
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 TIMELINES = web.AppKey("timelines", Timelines)
+SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -248,12 +262,32 @@ async def timeline(http: web.Request) -> web.Response:
     http.app[ROUTER].authenticate(http)
     request_id = http.match_info["request_id"]
     record = http.app[TIMELINES].get(request_id)
+    if record is None and (found := await _ask_other_processes(http)) is not None:
+        return found
     if record is None:
         raise ModelNotFoundError(
             f"no timeline of request {request_id[:128]!r}: unknown, still running, or too long ago",
             code="timeline_not_found",
         )
     return json_response(record.timeline())
+
+
+async def _ask_other_processes(http: web.Request) -> web.Response | None:
+    """A timeline is kept by the process that served the request, and this call came to any of them."""
+    router = http.app[ROUTER]
+    if not _came_to_shared_port(http, router.config):
+        return None
+    tls = router.tls.client(roles=("router",)) if router.tls is not None else True
+    headers = {"authorization": given} if (given := http.headers.get("authorization")) else {}
+    for number, url in enumerate(router.process_urls(), 1):
+        if number == router.config.process:
+            continue
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            asked = http.app[SESSION].get(URL(url + http.rel_url.raw_path, encoded=True), headers=headers, ssl=tls)
+            async with asyncio.timeout(SIBLING_S), asked as response:
+                if response.status == 200:
+                    return web.Response(body=await response.read(), content_type="application/json")
+    return None
 
 
 # -- nodes ------------------------------------------------------------------------------------------------------------
@@ -272,6 +306,10 @@ async def heartbeat(http: web.Request) -> web.Response:
     try:
         services_tls.check_caller(http, message.node, (message.role,))
         _check_url(router, message)
+        if _came_to_shared_port(http, router.config):
+            outcomes.labels("accepted").inc()
+            answer = HeartbeatAnswer(router.name, received_s, time.monotonic(), [], routers=router.process_urls())
+            return json_response(answer)
         registered = router.registry.heartbeat(message, received_s)
     except RequestError as error:
         outcomes.labels("refused").inc()
@@ -288,9 +326,15 @@ async def heartbeat(http: web.Request) -> web.Response:
     peers = router.registry.peers_of(message, received_s)
     wants_profile = not message.profile and router.registry.wants_profile(message)
     prefix_next = None if registered.node is None else router.prefixes.heard(registered.node.row, message)
-    return json_response(
-        HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers, prefix_next, wants_profile)
-    )
+    return json_response(HeartbeatAnswer(router.name, received_s, time.monotonic(), peers, prefix_next, wants_profile))
+
+
+def _came_to_shared_port(http: web.Request, config: RouterConfig) -> bool:
+    """One of several processes took the connection, by chance."""
+    if not config.process or http.transport is None:
+        return False
+    port: int = http.transport.get_extra_info("sockname")[1]
+    return port == parse_address(config.bind)[1]
 
 
 def _check_url(router: Router, message: Heartbeat) -> None:
@@ -347,8 +391,9 @@ def make_app(config: Config) -> web.Application:
 async def _running(app: web.Application) -> AsyncIterator[None]:
     router = app[ROUTER]
     async with services_web.client_session() as session:
+        app[SESSION] = session
         app[DISPATCHER] = Dispatcher(
-            router.config.name,
+            router.name,
             Nodes(session, router.signer, router.tls),
             router.registry,
             router.policy,
@@ -417,7 +462,14 @@ def listening(app: web.Application, bind: str) -> contextlib.AbstractAsyncContex
     none (their API keys say who they are)."""
     router = app[ROUTER]
     return services_web.listening(
-        app, bind, secret=router.secret, key="router.bind", tls=router.tls, client_certificates=False
+        app,
+        bind,
+        secret=router.secret,
+        key="router.bind",
+        tls=router.tls,
+        client_certificates=False,
+        shared=bool(router.config.process),
+        also=processes.own_bind(router.config),
     )
 
 
