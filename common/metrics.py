@@ -82,6 +82,21 @@ class NodeMetrics:
         self.local_prefills = Counter(
             "prfaas_node_local_prefills", "Prefills done by a decode node itself", registry=registry
         )
+        self.prefix_asked_tokens = Counter(
+            "prfaas_node_prefix_asked_tokens", "Prompt tokens looked up in the prefix pool", ["role"], registry=registry
+        )
+        self.prefix_held_tokens = Counter(
+            "prfaas_node_prefix_held_tokens", "Of these, what the pool had", ["role"], registry=registry
+        )
+        self.fetched_tokens = Counter(
+            "prfaas_node_fetched_tokens", "Prefix tokens that came from other nodes", registry=registry
+        )
+        self.fetched_bytes = Counter("prfaas_node_fetched_bytes", "Their bytes on the wire", registry=registry)
+        self.fetch_failures = Counter(
+            "prfaas_node_fetch_failures", "Fetches that brought nothing", ["reason"], registry=registry
+        )
+        self.prefix_used_bytes = Gauge("prfaas_node_prefix_used_bytes", "In the prefix pool", registry=registry)
+        self.prefix_capacity_bytes = Gauge("prfaas_node_prefix_capacity_bytes", "The pool's bound", registry=registry)
         self.output_tokens = Counter("prfaas_node_output_tokens", "Tokens sampled", registry=registry)
         self.queue_seconds = Histogram(
             "prfaas_node_prefill_queue_seconds", "Wait for prefill", buckets=LATENCY_BUCKETS_S, registry=registry

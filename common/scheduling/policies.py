@@ -36,8 +36,8 @@ from prfaas.common.scheduling.routes import (
     Place,
     Route,
     RouteSettings,
+    Start,
     decode_place,
-    held_on,
     local_route,
     place_at,
     place_of_holder,
@@ -45,6 +45,7 @@ from prfaas.common.scheduling.routes import (
     route_to,
     routes,
     sent_s,
+    starts,
 )
 from prfaas.common.scheduling.threshold import ThresholdController, ThresholdSettings, observe
 from prfaas.common.scheduling.types import (
@@ -52,6 +53,7 @@ from prfaas.common.scheduling.types import (
     ROLE_PREFILL,
     ClusterSnapshot,
     Decision,
+    Pool,
     Refused,
     RequestSnapshot,
 )
@@ -116,15 +118,17 @@ class _Admitting:
     _by_threshold: ClassVar[bool] = False
 
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused:
-        place, why = decode_place(request, cluster)
+        closed = cluster.closed_nodes()
+        place, why = decode_place(request, cluster, closed)
         if place is None and why == "full" and self.settings.queue_for_memory:
-            place, why = decode_place(request, cluster, must_fit=False)
+            place, why = decode_place(request, cluster, closed, must_fit=False)
         if place is None:
             return Refused(why, self.admission.min_retry_after_s)
-        chosen = self._choice(request, cluster, place)
+        begun = starts(request, cluster, self.settings, closed)
+        chosen = self._choice(request, cluster, place, begun)
         holder = place_of_holder(request, cluster, place)
         if holder is not None:
-            other = self._choice(request, cluster, holder)
+            other = self._choice(request, cluster, holder, begun)
             if chosen is None or (
                 other is not None and _cost_s(request, cluster, other) <= _cost_s(request, cluster, chosen)
             ):
@@ -133,13 +137,15 @@ class _Admitting:
             return Refused("pinned", self.admission.min_retry_after_s)
         return self._admitted(request, *chosen)
 
-    def _choice(self, request: RequestSnapshot, cluster: ClusterSnapshot, place: Place) -> _Choice | None:
+    def _choice(
+        self, request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, begun: Sequence[tuple[Pool, Start]]
+    ) -> _Choice | None:
         """None: the pinned route isn't there."""
-        if request.prompt_tokens - held_on(request, place.row, place.region) < 2 and _of_nodes(request):
+        if request.prompt_tokens - place.held < 2 and _of_nodes(request):
             return _Choice(place, local_route(request, cluster, place), "nothing_to_prefill")
         if request.pinned_route == "local":
             return _Choice(place, local_route(request, cluster, place), "pinned")
-        found = routes(request, cluster, place, self.settings)
+        found = routes(request, cluster, place, self.settings, begun)
         if request.pinned_route is not None:
             pinned = _soonest(found, offloaded=request.pinned_route == "offload")
             return None if pinned is None else _Choice(place, pinned, "pinned")
@@ -164,7 +170,7 @@ class _Admitting:
         return Decision(
             route.row,
             place.row,
-            held_on(request, place.row, place.region),
+            place.held,
             reason,
             route.prefill_start,
             route.fetch_region,
@@ -341,9 +347,10 @@ class RoundRobin(_Admitting):
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused:
         if request.pinned_route is not None:
             return _Admitting.__call__(self, request, cluster)
-        place, why = decode_place(request, cluster)
+        closed = cluster.closed_nodes()
+        place, why = decode_place(request, cluster, closed)
         if place is None and why == "full" and self.settings.queue_for_memory:
-            place, why = decode_place(request, cluster, must_fit=False)
+            place, why = decode_place(request, cluster, closed, must_fit=False)
         if place is None:
             return Refused(why, self.admission.min_retry_after_s)
         # decode_place has found one with room, so there is a next one; it may be the same.

@@ -16,6 +16,7 @@ node of each region that holds most, also from one of its own region.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from prfaas.common.scheduling.types import (
 )
 
 MANY = 1 << 60
+HOLDERS_A_POOL = 4
+"""Of the nodes of a pool that hold a prefix themselves, so many, longest first, are weighed against the idlest."""
 Floats = NDArray[np.float64]
 
 
@@ -99,36 +102,41 @@ class Place(NamedTuple):
     wait_s: float
     step_s: float
     profile: NodeProfile
+    held: int
+    """Prefix that it can use, and that nobody need send."""
 
 
-def decode_place(request: RequestSnapshot, cluster: ClusterSnapshot, must_fit: bool = True) -> tuple[Place | None, str]:
-    """The least loaded decode node with room, by requests for a place in its batch; or None and why. must_fit: room is
-    memory, too."""
+def decode_place(
+    request: RequestSnapshot, cluster: ClusterSnapshot, closed: NDArray[np.bool_], must_fit: bool = True
+) -> tuple[Place | None, str]:
+    """The least loaded decode node with room, by requests for a place in its batch; or None and why. closed: as of
+    `closed_nodes`. must_fit: room is memory, too."""
+    jitter = cluster.decode_jitter
+    order = cluster.inflight_requests.copy() if jitter is None else cluster.inflight_requests + jitter
+    np.putmask(order, closed, MANY)
     best: tuple[int, Pool] | None = None
     best_load = np.inf
-    any_usable = False
     tokens = request.prompt_tokens + request.max_output_tokens
-    for pool in cluster.pools(ROLE_DECODE):
-        if request.home_region is not None and pool.region != request.home_region:
-            continue
+    pools = cluster.pools(ROLE_DECODE)
+    if request.home_region is not None:
+        pools = [pool for pool in pools if pool.region == request.home_region]
+    for pool in pools:
         profile = cluster.profiles[pool.profile]
-        rows = pool.rows
-        inflight = cluster.inflight_requests[rows]
-        usable = cluster.usable[rows]
-        room = inflight < cluster.max_inflight_requests[rows]
-        room &= usable
-        if must_fit:
-            room &= cluster.free_kv_bytes[rows] >= profile.kv_bytes.at(tokens)
-        compared = inflight if cluster.decode_jitter is None else inflight + cluster.decode_jitter[rows]
-        at = int(np.where(room, compared, MANY).argmin())
-        if not room[at]:
-            any_usable = any_usable or bool(usable.any())
+        row = _row(pool, int(order[pool.rows].argmin()))
+        if must_fit and cluster.free_kv_bytes.item(row) < (need := profile.kv_bytes.at(tokens)):
+            fitting = np.where(cluster.free_kv_bytes[pool.rows] >= need, order[pool.rows], MANY)
+            at = int(fitting.argmin())
+            if fitting[at] == MANY:
+                continue
+            row = _row(pool, at)
+        if closed.item(row):
             continue
-        load = inflight.item(at) / profile.max_batch
+        load = cluster.inflight_requests.item(row) / profile.max_batch
         if load < best_load:
-            best_load, best = load, (_row(pool, at), pool)
+            best_load, best = load, (row, pool)
     if best is None:
-        return None, "full" if any_usable else "no_decode_node"
+        usable = any(bool(cluster.usable[pool.rows].any()) for pool in pools)
+        return None, "full" if usable else "no_decode_node"
     return _place(best[0], best[1].region, request, cluster, cluster.profiles[best[1].profile]), ""
 
 
@@ -138,9 +146,9 @@ def place_of_holder(request: RequestSnapshot, cluster: ClusterSnapshot, place: P
     prefixes = request.prefixes
     if prefixes is None or prefixes.region_nodes is None or not prefixes.nodes.size:
         return None
-    held = prefixes.on_node(place.row)
+    most = request.prompt_tokens - 1
     for row, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
-        if tokens <= held:
+        if min(tokens, most) <= place.held:
             return None
         if cluster.role.item(row) != ROLE_DECODE or not cluster.usable.item(row):
             continue
@@ -164,28 +172,43 @@ def _place(row: int, region: int, request: RequestSnapshot, cluster: ClusterSnap
     batch = min(cluster.inflight_requests.item(row) + 1, profile.max_batch)
     step_s = profile.step_s(batch, request.prompt_tokens + request.max_output_tokens)
     wait_s = max(0.0, cluster.decode_free_at_s.item(row) - cluster.now_s)
-    return Place(row, region, wait_s, step_s, profile)
+    return Place(row, region, wait_s, step_s, profile, held_on(request, row, region))
 
 
-def routes(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, settings: RouteSettings) -> list[Route]:
-    """The best node of each pool that could prefill, home region's first: the least loaded by predicted finish, or
-    one that holds a prefix and is done sooner. Nodes that are not usable or full are never among them."""
-    home: list[Route] = []
-    away: list[Route] = []
+def starts(
+    request: RequestSnapshot, cluster: ClusterSnapshot, settings: RouteSettings, closed: NDArray[np.bool_]
+) -> list[tuple[Pool, Start]]:
+    """The best node of each pool that could prefill: the least loaded by predicted finish, or one that holds a prefix
+    and is done sooner. Nodes that are not usable or full (`closed`) are never among them."""
+    free_at = _free_at(cluster, closed)
+    holders = {} if request.prefixes is None else _holders(request, request.prefixes, cluster)
+    found = []
     for pool in cluster.pools(ROLE_PREFILL):
-        if not reachable(cluster, pool.region, place.region):
+        row = _row(pool, int(free_at[pool.rows].argmin()))
+        if free_at.item(row) == np.inf:
             continue
-        free_at = _free_at(cluster, pool)
-        at = int(free_at.argmin())
-        if free_at.item(at) == np.inf:
-            continue
-        row = _row(pool, at)
         start = Start(row, _wait_s(cluster, row), 0, None, None, 0.0)
         if request.prefixes is not None:
-            start = _with_prefix(request, cluster, pool, start, place.region, settings)
-            start = _affine(request, request.prefixes, cluster, pool, free_at, start)
-        route = _route(request, cluster, place, settings, pool, start)
-        (away if route.offloaded else home).append(route)
+            start = _with_prefix(request, request.prefixes, cluster, pool, start, settings)
+            start = _affine(request, holders.get((pool.region, pool.profile), ()), cluster, pool, free_at, start)
+        found.append((pool, start))
+    return found
+
+
+def routes(
+    request: RequestSnapshot,
+    cluster: ClusterSnapshot,
+    place: Place,
+    settings: RouteSettings,
+    begun: Sequence[tuple[Pool, Start]],
+) -> list[Route]:
+    """From each of `starts` that can reach the place; home region's first."""
+    home: list[Route] = []
+    away: list[Route] = []
+    for pool, start in begun:
+        if reachable(cluster, pool.region, place.region):
+            route = _route(request, cluster, place, settings, pool, start)
+            (away if route.offloaded else home).append(route)
     return home + away
 
 
@@ -203,16 +226,16 @@ def reachable(cluster: ClusterSnapshot, region: int, home: int) -> bool:
     return region == home or cluster.links.bandwidth_bytes_per_s.item(region, home) > 0
 
 
-def _free_at(cluster: ClusterSnapshot, pool: Pool) -> Floats:
-    """When each node of the pool will be free, jitter included; inf where it may not be used."""
-    rows = pool.rows
-    good = cluster.inflight_requests[rows] < cluster.max_inflight_requests[rows]
-    good &= cluster.usable[rows]
-    free_at = cluster.prefill_free_at_s[rows]
-    if cluster.prefill_jitter_s is not None:
+def _free_at(cluster: ClusterSnapshot, closed: NDArray[np.bool_]) -> Floats:
+    """When each node will be free, jitter included [nodes]; inf where it may not be used."""
+    if cluster.prefill_jitter_s is None:
+        free_at = cluster.prefill_free_at_s.copy()
+    else:
         # Nodes that are free already are all alike: from now on, or jitter would be lost on what is long past.
-        free_at = np.maximum(free_at, cluster.now_s) + cluster.prefill_jitter_s[rows]
-    return np.where(good, free_at, np.inf)
+        free_at = np.maximum(cluster.prefill_free_at_s, cluster.now_s)
+        free_at += cluster.prefill_jitter_s
+    np.putmask(free_at, closed, np.inf)
+    return free_at
 
 
 def _wait_s(cluster: ClusterSnapshot, row: int) -> float:
@@ -221,7 +244,7 @@ def _wait_s(cluster: ClusterSnapshot, row: int) -> float:
 
 def local_route(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place) -> Route:
     """The decode node prefills itself, at the speed of its profile, when nobody else can."""
-    start = held_on(request, place.row, place.region)
+    start = place.held
     wait_s = _wait_s(cluster, place.row)
     prefill_s = place.profile.prefill_s.at(request.prompt_tokens - start)
     ttft_s = max(wait_s + prefill_s, place.wait_s) + place.step_s
@@ -246,8 +269,7 @@ def sent_s(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, rou
     bandwidth = cluster.links.bandwidth_bytes_per_s.item(route.region, place.region) if route.row is not None else 0.0
     if bandwidth <= 0:
         return 0.0
-    held = held_on(request, place.row, place.region)
-    return cluster.profiles[route.profile].kv_bytes.at(request.prompt_tokens - held) / bandwidth
+    return cluster.profiles[route.profile].kv_bytes.at(request.prompt_tokens - place.held) / bandwidth
 
 
 def scarce(cluster: ClusterSnapshot, source: int, target: int, settings: RouteSettings) -> bool:
@@ -258,12 +280,15 @@ def scarce(cluster: ClusterSnapshot, source: int, target: int, settings: RouteSe
 
 
 def _with_prefix(
-    request: RequestSnapshot, cluster: ClusterSnapshot, pool: Pool, start: Start, home: int, settings: RouteSettings
+    request: RequestSnapshot,
+    prefixes: PrefixMatches,
+    cluster: ClusterSnapshot,
+    pool: Pool,
+    start: Start,
+    settings: RouteSettings,
 ) -> Start:
-    """From the pool's own cache, or from a longer one elsewhere, when the link to here is abundant and the fetch takes
-    less than computing it would."""
-    prefixes = request.prefixes
-    assert prefixes is not None
+    """From its own cache, or from a longer one elsewhere, when the link to here is abundant and the fetch takes less
+    than computing it would."""
     own = held_on(request, start.row, pool.region)
     best, fetch, holder, fetch_s = own, None, None, 0.0
     profile = cluster.profiles[pool.profile]
@@ -292,28 +317,42 @@ def fetch_seconds(cluster: ClusterSnapshot, source: int, target: int, moved_byte
     return (links.queued_bytes.item(pair) + moved_bytes) / bandwidth + links.rtt_s.item(pair)
 
 
+Holders = dict[tuple[int, int], list[tuple[int, int]]]
+"""By region and profile: rows of prefill nodes, and what each holds."""
+
+
+def _holders(request: RequestSnapshot, prefixes: PrefixMatches, cluster: ClusterSnapshot) -> Holders:
+    most = request.prompt_tokens - 1
+    found: Holders = {}
+    role, region, profile = cluster.role, cluster.region, cluster.profile
+    for row, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
+        if role.item(row) == ROLE_PREFILL:
+            pool = found.setdefault((region.item(row), profile.item(row)), [])
+            if len(pool) < HOLDERS_A_POOL:
+                pool.append((row, min(tokens, most)))
+    return found
+
+
 def _affine(
     request: RequestSnapshot,
-    prefixes: PrefixMatches,
+    holders: Sequence[tuple[int, int]],
     cluster: ClusterSnapshot,
     pool: Pool,
     free_at: Floats,
     least: Start,
 ) -> Start:
     """The least loaded node, or one of those that hold a longer prefix themselves if it would be done sooner."""
+    if not holders:
+        return least
     prefill_s, prompt, now_s = cluster.profiles[pool.profile].prefill_s, request.prompt_tokens, cluster.now_s
-    rows, count = pool.rows, free_at.size
-    at = least.row - pool.first if isinstance(rows, slice) else int(np.searchsorted(rows, least.row))
-    best, wait_s = least, max(0.0, free_at.item(at) - now_s)
-    done_s = max(wait_s, best.fetch_s) + prefill_s.at(prompt - best.prefill_start)
-    for node, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
-        at = node - pool.first if isinstance(rows, slice) else int(np.searchsorted(rows, node))
-        held = min(tokens, prompt - 1)
-        if not 0 <= at < count or _row(pool, at) != node or held < best.prefill_start or free_at.item(at) == np.inf:
+    best = least
+    done_s = max(free_at.item(least.row) - now_s, best.fetch_s, 0.0) + prefill_s.at(prompt - best.prefill_start)
+    for row, held in holders:
+        if held < best.prefill_start or free_at.item(row) == np.inf:
             continue
-        node_done_s = max(0.0, free_at.item(at) - now_s) + prefill_s.at(prompt - held)
+        node_done_s = max(0.0, free_at.item(row) - now_s) + prefill_s.at(prompt - held)
         if node_done_s < done_s or (node_done_s == done_s and held > best.prefill_start):
-            best, done_s = Start(node, _wait_s(cluster, node), held, None, None, 0.0), node_done_s
+            best, done_s = Start(row, _wait_s(cluster, row), held, None, None, 0.0), node_done_s
     return best
 
 
@@ -334,8 +373,7 @@ def _route(
     offloaded = pool.region != place.region
     if offloaded:
         links, pair = cluster.links, (pool.region, place.region)
-        held = held_on(request, place.row, place.region)
-        wire = profile.kv_bytes.at(request.prompt_tokens - held) * settings.wire_ratio
+        wire = profile.kv_bytes.at(request.prompt_tokens - place.held) * settings.wire_ratio
         bandwidth = links.bandwidth_bytes_per_s.item(pair)
         tail_s = wire / settings.layers / bandwidth
         passed_s = settings.link_margin * (links.queued_bytes.item(pair) + wire) / bandwidth

@@ -159,6 +159,12 @@ class ClusterSnapshot:
     _pools: dict[int, list[Pool]] = field(default_factory=dict, repr=False)
     _pools_version: int = field(default=-1, repr=False)
 
+    def closed_nodes(self) -> NDArray[np.bool_]:
+        """Not usable, or full [nodes]."""
+        found = self.inflight_requests >= self.max_inflight_requests
+        found |= ~self.usable
+        return found
+
     def pools(self, role: int) -> list[Pool]:
         """The nodes of a role, by region and profile; kept until `layout_version` changes."""
         if self._pools_version != self.layout_version:

@@ -359,7 +359,7 @@ class Registry:
         if share.link is not None:
             self.links.dispatched(share.link, share.wire_bytes)
         if self._nodes[node.row] is node:
-            self._spread.dispatched(ROLES[node.role], share.prefill_s, now_s)
+            self._spread.dispatched(node.row, ROLES[node.role], share.prefill_s)
             free_at_s = self._snapshot.prefill_free_at_s
             free_at_s[node.row] = max(free_at_s.item(node.row), now_s) + share.prefill_s
         self._write_load(node)
