@@ -125,8 +125,28 @@ class RouterConfig:
     api_keys_file: str = setting("", "a file with one API key a line")
     model_path: str = setting("", "directory with the tokenizer and chat template; `bytes` = the emulated engine's")
     served_model: str = setting("", "the model's name for clients; empty = as the nodes report it")
+    policy: Literal["adaptive", "static", "homogeneous", "offload-all", "round-robin", "least-loaded"] = setting(
+        "adaptive", "who prefills: by a threshold that moves with load and links, or a baseline"
+    )
     offload_threshold_tokens: int = setting(
-        0, "prompts with more uncached tokens are prefilled in the prefill region", _between(0, 1 << 24)
+        0,
+        "prompts with more uncached tokens are prefilled in the prefill region; where adaptive begins",
+        _between(0, 1 << 24),
+    )
+    slo_ttft_s: float = setting(
+        0.0, "a request that would wait longer for its first token is refused (429); 0 = none is", _between(0, 3600)
+    )
+    slo_prefill_factor: float = setting(
+        2.0, "with router.slo_ttft_s: a prompt may take so many times its bare prefill", _between(1, 1000)
+    )
+    assumed_link_gbps: float = setting(
+        10.0, "Gbit/s of a link between regions before it has been measured", _between(0.001, 1e6)
+    )
+    share_prefixes: Literal["all", "key", "none"] = setting(
+        "all", "whose cached prefixes a request may use: everybody's, its API key's, or only those with its cache_salt"
+    )
+    prefix_index_blocks: int = setting(
+        1_000_000, "prefix blocks that the router remembers, some 300 bytes each", _between(1, 1 << 28)
     )
     max_body_bytes: int = setting(16 * MIB, "largest request body", _between(1024, 1 << 30))
     default_max_output_tokens: int = setting(
@@ -135,6 +155,16 @@ class RouterConfig:
     request_timeout_s: float = setting(600.0, "longest life of a request", _between(1, 86400))
     timelines: int = setting(256, "how many request timelines are kept", _between(0, 1 << 16))
     tokenizer_threads: int = setting(1, "threads for tokenizing and JSON of long prompts", _between(1, 64))
+    processes: int = setting(
+        1, "router processes that share the API's port; each is a router of its own", _between(1, 64)
+    )
+    node_port: int = setting(
+        0,
+        "with several processes, process 1 takes heartbeats here, 2 one above, ...; 0 = above bind's",
+        _between(0, 65535),
+    )
+    advertise: str = setting("", "with several processes, the host under which nodes reach them; empty = bind's")
+    process: int = setting(0, "set by the parent of several processes: which one this is", _between(0, 64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ PrfaasError
 │   ├── PayloadTooLargeError 413
 │   └── UnsupportedError     400, a feature that this engine does not have
 ├── UnavailableError         nobody can serve this now (503, with retry_after_s)
+│   └── TooLateError         nobody would be in time for its deadline (429, with retry_after_s)
 ├── EngineError              the engine failed at its own work (500)
 │   ├── ModelRefusedError    at load: a model type that has not been verified
 │   └── OutOfMemoryError     the arena has no room for a request, and never will
@@ -91,6 +92,10 @@ class UnavailableError(PrfaasError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TooLateError(UnavailableError):
+    """Nobody would serve this before its deadline; refused at once rather than queued to fail."""
 
 
 class EngineError(PrfaasError):

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+DECISION_BUCKETS_S = (1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -23,7 +24,35 @@ class RouterMetrics:
         self.requests = Counter(
             "prfaas_router_requests", "Requests by route and HTTP status", ["route", "status"], registry=registry
         )
-        self.decisions = Counter("prfaas_router_decisions", "Routing decisions", ["reason"], registry=registry)
+        self.decisions = Counter(
+            "prfaas_router_decisions", "Routing decisions, refusals among them", ["reason"], registry=registry
+        )
+        self.decision_seconds = Histogram(
+            "prfaas_router_decision_seconds", "One routing decision", buckets=DECISION_BUCKETS_S, registry=registry
+        )
+        self.threshold_tokens = Gauge(
+            "prfaas_router_threshold_tokens", "Offload threshold now, by home region", ["region"], registry=registry
+        )
+        self.link_bandwidth = Gauge(
+            "prfaas_router_link_bytes_per_s",
+            "KV bytes/s that decisions reckon a link to carry",
+            ["source", "target"],
+            registry=registry,
+        )
+        self.prefix_blocks = Gauge("prfaas_router_prefix_blocks", "Prefix blocks in the index", registry=registry)
+        self.held_tokens = Counter(
+            "prfaas_router_held_tokens",
+            "Prompt tokens that a node's prefix pool had, where both roles took part",
+            ["role"],
+            registry=registry,
+        )
+        self.fetches = Counter(
+            "prfaas_router_fetches",
+            "Prefixes that prefill nodes were to fetch: done, or why not",
+            ["outcome"],
+            registry=registry,
+        )
+        self.fetched_tokens = Counter("prfaas_router_fetched_tokens", "Tokens of prefixes fetched", registry=registry)
         self.fallbacks = Counter(
             "prfaas_router_fallbacks", "Requests that went another way than decided", ["reason"], registry=registry
         )
@@ -53,6 +82,21 @@ class NodeMetrics:
         self.local_prefills = Counter(
             "prfaas_node_local_prefills", "Prefills done by a decode node itself", registry=registry
         )
+        self.prefix_asked_tokens = Counter(
+            "prfaas_node_prefix_asked_tokens", "Prompt tokens looked up in the prefix pool", ["role"], registry=registry
+        )
+        self.prefix_held_tokens = Counter(
+            "prfaas_node_prefix_held_tokens", "Of these, what the pool had", ["role"], registry=registry
+        )
+        self.fetched_tokens = Counter(
+            "prfaas_node_fetched_tokens", "Prefix tokens that came from other nodes", registry=registry
+        )
+        self.fetched_bytes = Counter("prfaas_node_fetched_bytes", "Their bytes on the wire", registry=registry)
+        self.fetch_failures = Counter(
+            "prfaas_node_fetch_failures", "Fetches that brought nothing", ["reason"], registry=registry
+        )
+        self.prefix_used_bytes = Gauge("prfaas_node_prefix_used_bytes", "In the prefix pool", registry=registry)
+        self.prefix_capacity_bytes = Gauge("prfaas_node_prefix_capacity_bytes", "The pool's bound", registry=registry)
         self.output_tokens = Counter("prfaas_node_output_tokens", "Tokens sampled", registry=registry)
         self.queue_seconds = Histogram(
             "prfaas_node_prefill_queue_seconds", "Wait for prefill", buckets=LATENCY_BUCKETS_S, registry=registry

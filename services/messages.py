@@ -84,8 +84,12 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """The tokenizer's directory as the node sees it, for information."""
     links: list[LinkMessage] = []
     """What its KV sessions have measured of the ways to its peers."""
+    routers: int = 1
+    """That answer its heartbeats: as many send it requests."""
     prefix_block_tokens: int = 0
     """Of its prefix pool's blocks; 0: it has no pool. All nodes of a cluster have blocks of one size."""
+    prefix_exact: bool = False
+    """Prefixes are usable at snapshots alone: the model has recurrent state or windows."""
     prefix_events: EventBatch | None = None
     """What its prefix pool has taken in and given up since the last acknowledged batch."""
     profile_id: str = ""
@@ -112,6 +116,8 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """The number of the prefix event that is wanted next, or events.RESTART; None: the heartbeat had none."""
     wants_profile: bool = False
     """This router doesn't know the profile with this id."""
+    routers: list[str] = []
+    """This address is shared by several routers, none of which has registered the node: heartbeat to these."""
 
 
 class SamplingMessage(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -10,6 +10,9 @@ from prfaas.common.config import TlsConfig, is_loopback, parse_address
 from prfaas.common.errors import AuthenticationError, ConfigError
 from prfaas.transport.tls import Tls, peer_identity
 
+PROCESS_MARK = "#"
+"""Between a router's name and the number of one of its processes; no node has it in its name."""
+
 logger = log.get_logger("tls")
 
 
@@ -49,14 +52,14 @@ def url_problems(urls: Mapping[str, Iterable[str]], encrypted: bool) -> list[str
 
 
 def check_caller(request: web.Request, name: str, roles: Iterable[str]) -> None:
-    """Over TLS: the caller's certificate must be that of `name`, who it says it is, in one of `roles`. Without TLS
-    nothing is known. Raises AuthenticationError."""
+    """Over TLS: the caller's certificate must be that of `name`, who it says it is, in one of `roles`. The processes of
+    one router have one certificate (`name` is router#2). Without TLS nothing is known. Raises AuthenticationError."""
     transport = request.transport
     if transport is None or transport.get_extra_info("ssl_object") is None:
         return
     identity = peer_identity(transport.get_extra_info("peercert"))
     if identity is None:
         raise AuthenticationError("this call is for the cluster's own processes: it needs a certificate of its CA")
-    problem = identity.problem(name=name, roles=roles)
+    problem = identity.problem(name=name.partition(PROCESS_MARK)[0], roles=roles)
     if problem is not None:
         raise AuthenticationError(f"the caller says that it is {name[:128]}, but {problem}")

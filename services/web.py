@@ -41,6 +41,7 @@ from prfaas.common.errors import (
     PayloadTooLargeError,
     PrfaasError,
     RequestError,
+    TooLateError,
     TransferError,
     UnavailableError,
     UnsupportedError,
@@ -117,12 +118,15 @@ async def listening(
     shutdown_s: float = SHUTDOWN_S,
     tls: Tls | None = None,
     client_certificates: bool = True,
+    shared: bool = False,
+    also: str = "",
 ) -> AsyncIterator[tuple[str, int]]:
     """Serve `app` at `bind` while the block runs; yields the host and the port that was bound.
 
     `secret`: the cluster secret; without one only loopback may be bound. `key`: the setting's name, for messages.
     `tls`: with it, https only; without `client_certificates` a client may come without one, and
-    `services.tls.check_caller` keeps it from what is for the cluster's own processes.
+    `services.tls.check_caller` keeps it from what is for the cluster's own processes. `shared`: other processes may
+    bind the same address, and the kernel spreads connections over them. `also`: a second address.
     Raises ConfigError when the address can't be bound. On leaving, running handlers get `shutdown_s` and then are
     cancelled.
     """
@@ -135,24 +139,25 @@ async def listening(
     await runner.setup()
     server, loop, logger = runner.server, asyncio.get_running_loop(), _http_logger()
     assert server is not None
-    try:
-        listener = _listener(bind, key)
-        port = listener.getsockname()[1]
 
-        def connection() -> Connection:
-            return Connection(server, loop=loop, logger=logger, **CONNECTION)
+    def connection() -> Connection:
+        return Connection(server, loop=loop, logger=logger, **CONNECTION)
 
-        accepting: asyncio.Server | TlsListener
+    async def accept(listener: socket.socket) -> asyncio.Server | TlsListener:
         if tls is None:
-            accepting = await loop.create_server(connection, sock=listener, backlog=BACKLOG)
-        else:
-            accepting = TlsListener(
-                listener, lambda: tls.server(client_required=client_certificates), connection, backlog=BACKLOG
-            )
-        try:
+            return await loop.create_server(connection, sock=listener, backlog=BACKLOG)
+        return TlsListener(
+            listener, lambda: tls.server(client_required=client_certificates), connection, backlog=BACKLOG
+        )
+
+    try:
+        with contextlib.ExitStack() as accepting:
+            listener = _listener(bind, key, shared=shared)
+            port = listener.getsockname()[1]
+            accepting.callback((await accept(listener)).close)
+            if also:
+                accepting.callback((await accept(_listener(also, key))).close)
             yield host, port
-        finally:
-            accepting.close()
     finally:
         await runner.cleanup()
 
@@ -226,7 +231,7 @@ def _one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def _listener(bind: str, key: str) -> socket.socket:
+def _listener(bind: str, key: str, *, shared: bool = False) -> socket.socket:
     host, port = parse_address(bind)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -237,6 +242,8 @@ def _listener(bind: str, key: str) -> socket.socket:
         raise ConfigError([f"{key} = {bind!r} is no address of this machine: {error.strerror}"]) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # Accepted connections inherit it.
         _find_dead_peers(listener)
         listener.setblocking(False)
@@ -350,6 +357,8 @@ def describe_error(error: Exception, request_id: str) -> tuple[int, ErrorBody, d
     if isinstance(error, RequestError):
         detail = ErrorDetail(str(error), error.kind, error.param, error.code)
     elif isinstance(error, UnavailableError):
+        if isinstance(error, TooLateError):
+            detail = ErrorDetail(str(error), "rate_limit_error", None, "deadline")
         headers = {"retry-after": str(error.retry_after_s)}
     elif isinstance(error, OutOfMemoryError):
         detail = ErrorDetail(str(error), RequestError.kind, None, "context_length_exceeded")
@@ -373,6 +382,8 @@ def status_of(error: Exception) -> int:
         return 400
     if isinstance(error, TimeoutError):
         return 504
+    if isinstance(error, TooLateError):
+        return 429
     return 503 if isinstance(error, UnavailableError | TransferError) else 500
 
 

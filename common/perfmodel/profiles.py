@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -171,6 +172,11 @@ def _surface(given: _SurfaceFile | None, problems: list[str]) -> Surface | None:
     if made.values[0][0] <= 0:
         problems.append("decode_step_s: values must be above 0")
     return made
+
+
+def profile_id(data: bytes) -> str:
+    """Of a profile's file: 32 hex digits, the same for the same bytes."""
+    return blake2b(data, digest_size=16, person=b"prfaas-profile").hexdigest()
 
 
 def dumps(profile: NodeProfile) -> bytes:

@@ -76,6 +76,20 @@ class Match:
             for number in _numbers(bits):
                 yield int(self._holders.of_bit[number]), blocks
 
+    def longest_first(self) -> Iterator[tuple[int, int]]:
+        """`pairs`, those with most blocks first."""
+        for blocks, bits in reversed(self.steps):
+            for number in _numbers(bits):
+                yield int(self._holders.of_bit[number]), blocks
+
+    def blocks_of(self, holder: int) -> int:
+        """Of one holder; 0 = none."""
+        number = self._holders.bit_of.item(holder)
+        for blocks, bits in self.steps:
+            if bits >> number & 1:
+                return blocks
+        return 0
+
     def lengths(self, holders: int) -> NDArray[np.int64]:
         """Blocks of the holders 0 to `holders` − 1, [holders] int64; higher ones are left out."""
         by_bit = np.zeros(len(self._holders.of_bit), np.int64)

@@ -27,19 +27,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from prfaas.common.perfmodel.profiles import NodeProfile
 from prfaas.common.scheduling.routes import (
     Place,
     Route,
     RouteSettings,
+    Start,
     decode_place,
     local_route,
     place_at,
+    place_of_holder,
     reachable,
     route_to,
     routes,
+    sent_s,
+    starts,
 )
 from prfaas.common.scheduling.threshold import ThresholdController, ThresholdSettings, observe
 from prfaas.common.scheduling.types import (
@@ -47,6 +53,7 @@ from prfaas.common.scheduling.types import (
     ROLE_PREFILL,
     ClusterSnapshot,
     Decision,
+    Pool,
     Refused,
     RequestSnapshot,
 )
@@ -75,6 +82,8 @@ class Admission:
     def late_by_s(self, request: RequestSnapshot, route: Route) -> float:
         """Above 0: the route would miss by so much."""
         late_s = -math.inf
+        if request.admitted:
+            return late_s
         if self.by_slo:
             late_s = request.waited_s + route.ttft_s - self.limit_s(route.prefill_s)
         if request.remaining_s is not None:
@@ -89,38 +98,97 @@ ADMIT_ALL = Admission(by_slo=False)
 """Only deadlines that requests bring along."""
 
 
+class _Choice(NamedTuple):
+    place: Place
+    route: Route
+    reason: str
+
+
 @dataclass(slots=True)
 class _Admitting:
-    """What all policies share: a decode node with room, the routes, one choice, admission."""
+    """What all policies share: a decode node with room, the routes, one choice, admission.
+
+    Where nodes have pools of their own, the decode node that holds most of the prompt is weighed against the least
+    loaded one: by the time to the first token and that in which the KV passes which only the other would be sent.
+    """
 
     admission: Admission = field(default_factory=Admission)
     settings: RouteSettings = field(default_factory=RouteSettings)
 
+    _by_threshold: ClassVar[bool] = False
+
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused:
-        place, why = decode_place(request, cluster)
+        closed = cluster.closed_nodes()
+        place, why = decode_place(request, cluster, closed)
+        if place is None and why == "full" and self.settings.queue_for_memory:
+            place, why = decode_place(request, cluster, closed, must_fit=False)
         if place is None:
             return Refused(why, self.admission.min_retry_after_s)
-        found = routes(request, cluster, place, self.settings)
-        if found:
-            chosen, reason = self.choose(request, cluster, found)
-        else:
-            chosen, reason = local_route(request, cluster, place), "no_prefill_node"
-        return self._admitted(request, place, chosen, reason)
+        begun = starts(request, cluster, self.settings, closed)
+        chosen = self._choice(request, cluster, place, begun)
+        holder = place_of_holder(request, cluster, place)
+        if holder is not None:
+            other = self._choice(request, cluster, holder, begun)
+            if chosen is None or (
+                other is not None and _cost_s(request, cluster, other) <= _cost_s(request, cluster, chosen)
+            ):
+                chosen = other
+        if chosen is None:
+            return Refused("pinned", self.admission.min_retry_after_s)
+        return self._admitted(request, *chosen)
+
+    def _choice(
+        self, request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, begun: Sequence[tuple[Pool, Start]]
+    ) -> _Choice | None:
+        """None: the pinned route isn't there."""
+        if request.prompt_tokens - place.held < 2 and _of_nodes(request):
+            return _Choice(place, local_route(request, cluster, place), "nothing_to_prefill")
+        if request.pinned_route == "local":
+            return _Choice(place, local_route(request, cluster, place), "pinned")
+        found = routes(request, cluster, place, self.settings, begun)
+        if request.pinned_route is not None:
+            pinned = _soonest(found, offloaded=request.pinned_route == "offload")
+            return None if pinned is None else _Choice(place, pinned, "pinned")
+        if not found:
+            return _Choice(place, local_route(request, cluster, place), "no_prefill_node")
+        if self.settings.local_prefill and self._by_threshold and found[0].offloaded:
+            found.insert(0, local_route(request, cluster, place))
+        return _Choice(place, *self.choose(request, cluster, found))
 
     def choose(self, request: RequestSnapshot, cluster: ClusterSnapshot, found: Sequence[Route]) -> tuple[Route, str]:
         """One of `found` (never empty; home routes come first), and the reason."""
         raise NotImplementedError
 
+    def threshold_of(self, home_region: int) -> float:
+        """In tokens, that requests of a home region are decided with now; nan: none."""
+        return math.nan
+
     def _admitted(self, request: RequestSnapshot, place: Place, route: Route, reason: str) -> Decision | Refused:
         late_s = self.admission.late_by_s(request, route)
         if late_s > 0:
             return Refused("deadline", self.admission.retry_after_s(late_s))
-        token_start = 0
-        if request.prefixes is not None:
-            token_start = min(request.prefixes.in_region(place.region), request.prompt_tokens - 1)
         return Decision(
-            route.row, place.row, token_start, reason, route.prefill_start, route.fetch_region, route.ttft_s
+            route.row,
+            place.row,
+            place.held,
+            reason,
+            route.prefill_start,
+            route.fetch_region,
+            route.ttft_s,
+            route.fetch_node,
+            route.prefill_s,
+            route.wire_bytes,
+            self.threshold_of(place.region),
         )
+
+
+def _of_nodes(request: RequestSnapshot) -> bool:
+    """Whether what a decode node holds it has itself. A region's pool is not in its nodes' memory: it is read, too."""
+    return request.prefixes is None or request.prefixes.region_nodes is not None
+
+
+def _cost_s(request: RequestSnapshot, cluster: ClusterSnapshot, choice: _Choice) -> float:
+    return choice.route.ttft_s + sent_s(request, cluster, choice.place, choice.route)
 
 
 def _soonest(found: Sequence[Route], offloaded: bool) -> Route | None:
@@ -155,6 +223,11 @@ class StaticThreshold(_Admitting):
 
     threshold_tokens: float = 0.0
 
+    _by_threshold: ClassVar[bool] = True
+
+    def threshold_of(self, home_region: int) -> float:
+        return self.threshold_tokens
+
     def choose(self, request: RequestSnapshot, cluster: ClusterSnapshot, found: Sequence[Route]) -> tuple[Route, str]:
         home, away = _soonest(found, offloaded=False), _soonest(found, offloaded=True)
         if away is None:
@@ -166,12 +239,23 @@ class StaticThreshold(_Admitting):
         return home, "below_threshold"
 
 
+class _Rate(NamedTuple):
+    """Of exchange, between two profiles at a threshold; typical_s: a request of the threshold's length at home."""
+
+    threshold: float
+    home: NodeProfile
+    away: NodeProfile
+    exchange: float
+    typical_s: float
+
+
 @dataclass(slots=True)
 class AdaptiveThreshold(_Admitting):
     """Ours; see the module's docstring. Call `adapt` every second or so, with a current snapshot.
 
     planned_tokens: the planner's threshold, for all home regions; `plan` gives one region another. It keeps one
-    controller a home region.
+    controller a home region. What decode nodes prefill themselves (`RouteSettings.local_prefill`) holds up the streams
+    that run there, so it isn't weighed by prices: it is what the planned threshold leaves at home.
     """
 
     planned_tokens: float = 0.0
@@ -181,7 +265,9 @@ class AdaptiveThreshold(_Admitting):
     fill the home nodes near saturation, and half of what these could serve is lost."""
     threshold_settings: ThresholdSettings = field(default_factory=ThresholdSettings)
     _controllers: dict[int, ThresholdController] = field(init=False, default_factory=dict)
-    _rates: dict[tuple[int, int, int], tuple[float, float, float]] = field(init=False, default_factory=dict)
+    _rates: dict[tuple[int, int, int], _Rate] = field(init=False, default_factory=dict)
+
+    _by_threshold: ClassVar[bool] = True
 
     def controller(self, home_region: int) -> ThresholdController:
         """Of one home region."""
@@ -204,6 +290,8 @@ class AdaptiveThreshold(_Admitting):
             return found[0], "no_offload_node"
         if home is None:
             return away, "no_home_prefill_node"
+        if home.row is None:
+            return self._local_or(home, away, request)
         control = self.controller(home.region)
         exchange, typical_s = self._rate(control.threshold_tokens, cluster, home, away)
         home_cost_s, away_cost_s = home.prefill_s, exchange * away.prefill_s
@@ -219,15 +307,33 @@ class AdaptiveThreshold(_Admitting):
             return away, "offloaded"
         return home, "below_threshold"
 
+    def threshold_of(self, home_region: int) -> float:
+        return self.controller(home_region).threshold_tokens
+
+    def _local_or(self, local: Route, away: Route, request: RequestSnapshot) -> tuple[Route, str]:
+        """Home has no prefill node."""
+        local_late = self.admission.late_by_s(request, local) > 0
+        away_late = self.admission.late_by_s(request, away) > 0
+        if request.prompt_tokens - local.prefill_start <= self.controller(local.region).planned_tokens:
+            return (away, "home_late") if local_late and not away_late else (local, "below_threshold")
+        return (local, "offload_late") if away_late and not local_late else (away, "offloaded")
+
     def _rate(self, threshold: float, cluster: ClusterSnapshot, home: Route, away: Route) -> tuple[float, float]:
-        """(R, home seconds of a request of the threshold's length), kept until the threshold moves."""
+        """(R, home seconds of a request of the threshold's length), kept until the threshold moves or a profile is
+        another one."""
         key = home.region, home.profile, away.profile
+        home_profile, away_profile = cluster.profiles[home.profile], cluster.profiles[away.profile]
         kept = self._rates.get(key)
-        if kept is None or kept[0] != threshold:
-            typical_s = cluster.profiles[home.profile].prefill_s.at(threshold)
-            kept = threshold, typical_s / cluster.profiles[away.profile].prefill_s.at(threshold), typical_s
-            self._rates[key] = kept
-        return kept[1], kept[2]
+        if (
+            kept is None
+            or kept.threshold != threshold
+            or kept.home is not home_profile
+            or kept.away is not away_profile
+        ):
+            typical_s = home_profile.prefill_s.at(threshold)
+            exchange = typical_s / away_profile.prefill_s.at(threshold)
+            kept = self._rates[key] = _Rate(threshold, home_profile, away_profile, exchange, typical_s)
+        return kept.exchange, kept.typical_s
 
 
 @dataclass(slots=True)
@@ -239,7 +345,12 @@ class RoundRobin(_Admitting):
     _decode: int = field(init=False, default=0)
 
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused:
-        place, why = decode_place(request, cluster)
+        if request.pinned_route is not None:
+            return _Admitting.__call__(self, request, cluster)
+        closed = cluster.closed_nodes()
+        place, why = decode_place(request, cluster, closed)
+        if place is None and why == "full" and self.settings.queue_for_memory:
+            place, why = decode_place(request, cluster, closed, must_fit=False)
         if place is None:
             return Refused(why, self.admission.min_retry_after_s)
         # decode_place has found one with room, so there is a next one; it may be the same.

@@ -8,10 +8,15 @@ Three resources are looked at, and the slowest decides:
     decode     a place in the batch is free at some instant
 
 A link is shared fairly, not first come first served; for the request that came last both end alike.
+
+Prefixes lie in pools, one a region or one a node (`types.PrefixMatches`). With pools of nodes it counts what the very
+node holds: the prefill node computes the rest, the decode node is sent the rest, and a prefill node may fetch from the
+node of each region that holds most, also from one of its own region.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +33,8 @@ from prfaas.common.scheduling.types import (
 )
 
 MANY = 1 << 60
+HOLDERS_A_POOL = 4
+"""Of the nodes of a pool that hold a prefix themselves, so many, longest first, are weighed against the idlest."""
 Floats = NDArray[np.float64]
 
 
@@ -48,6 +55,7 @@ class Route(NamedTuple):
     """KV that crosses the WAN for it."""
     prefill_start: int
     fetch_region: int | None
+    fetch_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,11 @@ class RouteSettings:
     2 one in a hundred."""
     layers: int = 64
     """Steps in which KV leaves during prefill: the last one's bytes are always exposed."""
+    local_prefill: bool = False
+    """True: in a home region without a usable prefill node its decode nodes prefill what is below the threshold."""
+    queue_for_memory: bool = False
+    """True: where no decode node has memory for a request now, it may wait at the least loaded one, which takes it when
+    it can; a node's most requests still hold. False: then all are full."""
 
 
 class Start(NamedTuple):
@@ -77,6 +90,7 @@ class Start(NamedTuple):
     """Until what it was given is done."""
     prefill_start: int
     fetch_region: int | None
+    fetch_node: int | None
     fetch_s: float
 
 
@@ -88,34 +102,61 @@ class Place(NamedTuple):
     wait_s: float
     step_s: float
     profile: NodeProfile
+    held: int
+    """Prefix that it can use, and that nobody need send."""
 
 
-def decode_place(request: RequestSnapshot, cluster: ClusterSnapshot) -> tuple[Place | None, str]:
-    """The least loaded decode node with room, by requests for a place in its batch; or None and why."""
+def decode_place(
+    request: RequestSnapshot, cluster: ClusterSnapshot, closed: NDArray[np.bool_], must_fit: bool = True
+) -> tuple[Place | None, str]:
+    """The least loaded decode node with room, by requests for a place in its batch; or None and why. closed: as of
+    `closed_nodes`. must_fit: room is memory, too."""
+    jitter = cluster.decode_jitter
+    order = cluster.inflight_requests.copy() if jitter is None else cluster.inflight_requests + jitter
+    np.putmask(order, closed, MANY)
     best: tuple[int, Pool] | None = None
     best_load = np.inf
-    any_usable = False
     tokens = request.prompt_tokens + request.max_output_tokens
-    for pool in cluster.pools(ROLE_DECODE):
-        if request.home_region is not None and pool.region != request.home_region:
-            continue
+    pools = cluster.pools(ROLE_DECODE)
+    if request.home_region is not None:
+        pools = [pool for pool in pools if pool.region == request.home_region]
+    for pool in pools:
         profile = cluster.profiles[pool.profile]
-        rows = pool.rows
-        inflight = cluster.inflight_requests[rows]
-        usable = cluster.usable[rows]
-        room = inflight < cluster.max_inflight_requests[rows]
-        room &= usable
-        room &= cluster.free_kv_bytes[rows] >= profile.kv_bytes.at(tokens)
-        at = int(np.where(room, inflight, MANY).argmin())
-        if not room[at]:
-            any_usable = any_usable or bool(usable.any())
+        row = _row(pool, int(order[pool.rows].argmin()))
+        if must_fit and cluster.free_kv_bytes.item(row) < (need := profile.kv_bytes.at(tokens)):
+            fitting = np.where(cluster.free_kv_bytes[pool.rows] >= need, order[pool.rows], MANY)
+            at = int(fitting.argmin())
+            if fitting[at] == MANY:
+                continue
+            row = _row(pool, at)
+        if closed.item(row):
             continue
-        load = inflight.item(at) / profile.max_batch
+        load = cluster.inflight_requests.item(row) / profile.max_batch
         if load < best_load:
-            best_load, best = load, (_row(pool, at), pool)
+            best_load, best = load, (row, pool)
     if best is None:
-        return None, "full" if any_usable else "no_decode_node"
+        usable = any(bool(cluster.usable[pool.rows].any()) for pool in pools)
+        return None, "full" if usable else "no_decode_node"
     return _place(best[0], best[1].region, request, cluster, cluster.profiles[best[1].profile]), ""
+
+
+def place_of_holder(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place) -> Place | None:
+    """The decode node with room that holds most of the prompt, if that is more than `place` does. Of a node's own pool:
+    to it the rest alone is sent."""
+    prefixes = request.prefixes
+    if prefixes is None or prefixes.region_nodes is None or not prefixes.nodes.size:
+        return None
+    most = request.prompt_tokens - 1
+    for row, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
+        if min(tokens, most) <= place.held:
+            return None
+        if cluster.role.item(row) != ROLE_DECODE or not cluster.usable.item(row):
+            continue
+        if cluster.inflight_requests.item(row) < cluster.max_inflight_requests.item(row):
+            found = place_at(row, request, cluster)
+            if found is not None:
+                return found
+    return None
 
 
 def place_at(row: int, request: RequestSnapshot, cluster: ClusterSnapshot) -> Place | None:
@@ -131,29 +172,43 @@ def _place(row: int, region: int, request: RequestSnapshot, cluster: ClusterSnap
     batch = min(cluster.inflight_requests.item(row) + 1, profile.max_batch)
     step_s = profile.step_s(batch, request.prompt_tokens + request.max_output_tokens)
     wait_s = max(0.0, cluster.decode_free_at_s.item(row) - cluster.now_s)
-    return Place(row, region, wait_s, step_s, profile)
+    return Place(row, region, wait_s, step_s, profile, held_on(request, row, region))
 
 
-def routes(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, settings: RouteSettings) -> list[Route]:
-    """The best node of each pool that could prefill, home region's first: the least loaded by predicted finish, or
-    one that holds a prefix and is done sooner. Nodes that are not usable or full are never among them."""
+def starts(
+    request: RequestSnapshot, cluster: ClusterSnapshot, settings: RouteSettings, closed: NDArray[np.bool_]
+) -> list[tuple[Pool, Start]]:
+    """The best node of each pool that could prefill: the least loaded by predicted finish, or one that holds a prefix
+    and is done sooner. Nodes that are not usable or full (`closed`) are never among them."""
+    free_at = _free_at(cluster, closed)
+    holders = {} if request.prefixes is None else _holders(request, request.prefixes, cluster)
+    found = []
+    for pool in cluster.pools(ROLE_PREFILL):
+        row = _row(pool, int(free_at[pool.rows].argmin()))
+        if free_at.item(row) == np.inf:
+            continue
+        start = Start(row, _wait_s(cluster, row), 0, None, None, 0.0)
+        if request.prefixes is not None:
+            start = _with_prefix(request, request.prefixes, cluster, pool, start, settings)
+            start = _affine(request, holders.get((pool.region, pool.profile), ()), cluster, pool, free_at, start)
+        found.append((pool, start))
+    return found
+
+
+def routes(
+    request: RequestSnapshot,
+    cluster: ClusterSnapshot,
+    place: Place,
+    settings: RouteSettings,
+    begun: Sequence[tuple[Pool, Start]],
+) -> list[Route]:
+    """From each of `starts` that can reach the place; home region's first."""
     home: list[Route] = []
     away: list[Route] = []
-    for pool in cluster.pools(ROLE_PREFILL):
-        if not reachable(cluster, pool.region, place.region):
-            continue
-        free_at = _free_at(cluster, pool)
-        at = int(free_at.argmin())
-        free_at_s = free_at.item(at)
-        if free_at_s == np.inf:
-            continue
-        wait_s = max(0.0, free_at_s - cluster.now_s)
-        start = Start(_row(pool, at), wait_s, 0, None, 0.0)
-        if request.prefixes is not None:
-            start = _with_prefix(request, cluster, pool, start, place.region, settings)
-            start = _affine(request, request.prefixes, cluster, pool, free_at, start)
-        route = _route(request, cluster, place, settings, pool, start)
-        (away if route.offloaded else home).append(route)
+    for pool, start in begun:
+        if reachable(cluster, pool.region, place.region):
+            route = _route(request, cluster, place, settings, pool, start)
+            (away if route.offloaded else home).append(route)
     return home + away
 
 
@@ -162,9 +217,7 @@ def route_to(
 ) -> Route:
     """The route over a certain prefill node, whether or not it is usable."""
     pool = Pool(cluster.region.item(row), cluster.profile.item(row), slice(row, row + 1), row)
-    start = Start(row, max(0.0, cluster.prefill_free_at_s.item(row) - cluster.now_s), 0, None, 0.0)
-    if request.prefixes is not None:
-        start = start._replace(prefill_start=_held(request, pool.region))
+    start = Start(row, _wait_s(cluster, row), held_on(request, row, pool.region), None, None, 0.0)
     return _route(request, cluster, place, settings, pool, start)
 
 
@@ -173,32 +226,50 @@ def reachable(cluster: ClusterSnapshot, region: int, home: int) -> bool:
     return region == home or cluster.links.bandwidth_bytes_per_s.item(region, home) > 0
 
 
-def _free_at(cluster: ClusterSnapshot, pool: Pool) -> Floats:
-    """When each node of the pool will be free; inf where it may not be used."""
-    rows = pool.rows
-    good = cluster.inflight_requests[rows] < cluster.max_inflight_requests[rows]
-    good &= cluster.usable[rows]
-    return np.where(good, cluster.prefill_free_at_s[rows], np.inf)
+def _free_at(cluster: ClusterSnapshot, closed: NDArray[np.bool_]) -> Floats:
+    """When each node will be free, jitter included [nodes]; inf where it may not be used."""
+    if cluster.prefill_jitter_s is None:
+        free_at = cluster.prefill_free_at_s.copy()
+    else:
+        # Nodes that are free already are all alike: from now on, or jitter would be lost on what is long past.
+        free_at = np.maximum(cluster.prefill_free_at_s, cluster.now_s)
+        free_at += cluster.prefill_jitter_s
+    np.putmask(free_at, closed, np.inf)
+    return free_at
+
+
+def _wait_s(cluster: ClusterSnapshot, row: int) -> float:
+    return max(0.0, cluster.prefill_free_at_s.item(row) - cluster.now_s)
 
 
 def local_route(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place) -> Route:
     """The decode node prefills itself, at the speed of its profile, when nobody else can."""
-    start = _held(request, place.region)
-    wait_s = max(0.0, cluster.prefill_free_at_s.item(place.row) - cluster.now_s)
+    start = place.held
+    wait_s = _wait_s(cluster, place.row)
     prefill_s = place.profile.prefill_s.at(request.prompt_tokens - start)
     ttft_s = max(wait_s + prefill_s, place.wait_s) + place.step_s
-    return Route(place.region, -1, None, False, wait_s, prefill_s, ttft_s, 0.0, start, None)
+    profile = cluster.profile.item(place.row)
+    return Route(place.region, profile, None, False, wait_s, prefill_s, ttft_s, 0.0, start, None)
 
 
 def _row(pool: Pool, at: int) -> int:
     return pool.first + at if isinstance(pool.rows, slice) else int(pool.rows[at])
 
 
-def _held(request: RequestSnapshot, region: int) -> int:
-    """Usable prefix in a region's pool; the last prompt token is always computed (the n−1 rule)."""
+def held_on(request: RequestSnapshot, row: int, region: int) -> int:
+    """Prefix that a node of a region can use; the last prompt token is always computed (the n−1 rule)."""
     if request.prefixes is None:
         return 0
-    return min(request.prefixes.in_region(region), request.prompt_tokens - 1)
+    return min(request.prefixes.usable_on(row, region), request.prompt_tokens - 1)
+
+
+def sent_s(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, route: Route) -> float:
+    """How long the KV that is sent would occupy the whole way to the decode node, also inside a region; 0 where
+    nothing is known of it."""
+    bandwidth = cluster.links.bandwidth_bytes_per_s.item(route.region, place.region) if route.row is not None else 0.0
+    if bandwidth <= 0:
+        return 0.0
+    return cluster.profiles[route.profile].kv_bytes.at(request.prompt_tokens - place.held) / bandwidth
 
 
 def scarce(cluster: ClusterSnapshot, source: int, target: int, settings: RouteSettings) -> bool:
@@ -209,57 +280,79 @@ def scarce(cluster: ClusterSnapshot, source: int, target: int, settings: RouteSe
 
 
 def _with_prefix(
-    request: RequestSnapshot, cluster: ClusterSnapshot, pool: Pool, start: Start, home: int, settings: RouteSettings
+    request: RequestSnapshot,
+    prefixes: PrefixMatches,
+    cluster: ClusterSnapshot,
+    pool: Pool,
+    start: Start,
+    settings: RouteSettings,
 ) -> Start:
-    """From the pool's own cache, or from a longer one elsewhere, when the link to here is abundant and the fetch takes
-    less than computing it would."""
-    assert request.prefixes is not None
-    own = _held(request, pool.region)
-    best, fetch, fetch_s = own, None, 0.0
+    """From its own cache, or from a longer one elsewhere, when the link to here is abundant and the fetch takes less
+    than computing it would."""
+    own = held_on(request, start.row, pool.region)
+    best, fetch, holder, fetch_s = own, None, None, 0.0
     profile = cluster.profiles[pool.profile]
     prefill_s, kv_bytes = profile.prefill_s, profile.kv_bytes
-    for other, held in zip(request.prefixes.regions.tolist(), request.prefixes.region_tokens.tolist(), strict=True):
+    nodes = [None] * prefixes.regions.size if prefixes.region_nodes is None else prefixes.region_nodes.tolist()
+    for other, held, node in zip(prefixes.regions.tolist(), prefixes.region_tokens.tolist(), nodes, strict=True):
         tokens = min(held, request.prompt_tokens - 1)
-        if other == pool.region or tokens <= best or not reachable(cluster, other, pool.region):
+        own_pool = other == pool.region if node is None else node == start.row
+        if own_pool or tokens <= best or not reachable(cluster, other, pool.region):
             continue
         if scarce(cluster, other, pool.region, settings):
             continue
         moved = (kv_bytes.at(tokens) - (kv_bytes.at(own) if own else 0.0)) * settings.wire_ratio
         seconds = fetch_seconds(cluster, other, pool.region, moved)
         if seconds < prefill_s.at(request.prompt_tokens - best) - prefill_s.at(request.prompt_tokens - tokens):
-            best, fetch, fetch_s = tokens, other, seconds
-    return start._replace(prefill_start=best, fetch_region=fetch, fetch_s=fetch_s)
+            best, fetch, holder, fetch_s = tokens, other, node, seconds
+    return start._replace(prefill_start=best, fetch_region=fetch, fetch_node=holder, fetch_s=fetch_s)
 
 
 def fetch_seconds(cluster: ClusterSnapshot, source: int, target: int, moved_bytes: float) -> float:
     """How long a prefix takes from one region to the other, behind what is on the link already."""
     links, pair = cluster.links, (source, target)
-    passing_s = (links.queued_bytes.item(pair) + moved_bytes) / links.bandwidth_bytes_per_s.item(pair)
-    return passing_s + links.rtt_s.item(pair)
+    bandwidth = links.bandwidth_bytes_per_s.item(pair)
+    if bandwidth <= 0:  # inside a region of which nothing is known
+        return links.rtt_s.item(pair)
+    return (links.queued_bytes.item(pair) + moved_bytes) / bandwidth + links.rtt_s.item(pair)
+
+
+Holders = dict[tuple[int, int], list[tuple[int, int]]]
+"""By region and profile: rows of prefill nodes, and what each holds."""
+
+
+def _holders(request: RequestSnapshot, prefixes: PrefixMatches, cluster: ClusterSnapshot) -> Holders:
+    most = request.prompt_tokens - 1
+    found: Holders = {}
+    role, region, profile = cluster.role, cluster.region, cluster.profile
+    for row, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
+        if role.item(row) == ROLE_PREFILL:
+            pool = found.setdefault((region.item(row), profile.item(row)), [])
+            if len(pool) < HOLDERS_A_POOL:
+                pool.append((row, min(tokens, most)))
+    return found
 
 
 def _affine(
     request: RequestSnapshot,
-    prefixes: PrefixMatches,
+    holders: Sequence[tuple[int, int]],
     cluster: ClusterSnapshot,
     pool: Pool,
     free_at: Floats,
     least: Start,
 ) -> Start:
     """The least loaded node, or one of those that hold a longer prefix themselves if it would be done sooner."""
-    prefill_s = cluster.profiles[pool.profile].prefill_s
+    if not holders:
+        return least
+    prefill_s, prompt, now_s = cluster.profiles[pool.profile].prefill_s, request.prompt_tokens, cluster.now_s
     best = least
-    done_s = max(best.wait_s, best.fetch_s) + prefill_s.at(request.prompt_tokens - best.prefill_start)
-    rows = np.arange(pool.rows.start, pool.rows.stop) if isinstance(pool.rows, slice) else pool.rows
-    for node, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
-        at = int(np.searchsorted(rows, node))
-        held = min(tokens, request.prompt_tokens - 1)
-        if at >= rows.size or rows[at] != node or not np.isfinite(free_at[at]) or held < best.prefill_start:
+    done_s = max(free_at.item(least.row) - now_s, best.fetch_s, 0.0) + prefill_s.at(prompt - best.prefill_start)
+    for row, held in holders:
+        if held < best.prefill_start or free_at.item(row) == np.inf:
             continue
-        wait_s = max(0.0, free_at.item(at) - cluster.now_s)
-        node_done_s = wait_s + prefill_s.at(request.prompt_tokens - held)
+        node_done_s = max(0.0, free_at.item(row) - now_s) + prefill_s.at(prompt - held)
         if node_done_s < done_s or (node_done_s == done_s and held > best.prefill_start):
-            best, done_s = Start(node, wait_s, held, None, 0.0), node_done_s
+            best, done_s = Start(row, _wait_s(cluster, row), held, None, None, 0.0), node_done_s
     return best
 
 
@@ -280,8 +373,7 @@ def _route(
     offloaded = pool.region != place.region
     if offloaded:
         links, pair = cluster.links, (pool.region, place.region)
-        held = 0 if request.prefixes is None else _held(request, place.region)
-        wire = profile.kv_bytes.at(request.prompt_tokens - held) * settings.wire_ratio
+        wire = profile.kv_bytes.at(request.prompt_tokens - place.held) * settings.wire_ratio
         bandwidth = links.bandwidth_bytes_per_s.item(pair)
         tail_s = wire / settings.layers / bandwidth
         passed_s = settings.link_margin * (links.queued_bytes.item(pair) + wire) / bandwidth
@@ -298,4 +390,5 @@ def _route(
         wire,
         start.prefill_start,
         start.fetch_region,
+        start.fetch_node,
     )

@@ -6,8 +6,9 @@ objects costs 80 µs and an argmin costs 2. The shell updates the arrays in plac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,25 +17,48 @@ from prfaas.common.perfmodel.profiles import NodeProfile
 ROLE_PREFILL = 0
 ROLE_DECODE = 1
 
+PinnedRoute = Literal["offload", "home", "local"]
+"""In another region, by a prefill node of the home region, by the decode node itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatches:
     """How much of a request's prompt caches hold, sparse: only where something is held. Tokens are of whole usable
-    prefixes (for a hybrid model: up to a stored state)."""
+    prefixes (for a hybrid model: up to a stored state).
+
+    There are two kinds of pools. One a region, which all of its nodes read over the fast network inside (the paper's,
+    and the simulator's): `region_tokens` is then what any of them has. One a node (the live ones; `region_nodes` is
+    given): a node has what it holds itself, and takes from another what it fetches first.
+    """
 
     regions: NDArray[np.int32]
     """Indices into `region_names` [matching regions]."""
     region_tokens: NDArray[np.int64]
-    """Longest prefix that the region's pool holds [matching regions]."""
+    """Longest prefix that the region's pool, or the best of its nodes, holds [matching regions]."""
     nodes: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    """Rows of nodes that hold some of it themselves [matching nodes]."""
+    """Rows of nodes that hold some of it themselves, longest first [matching nodes]. Of many only the first ones."""
     node_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Longest prefix on the node [matching nodes]."""
+    region_nodes: NDArray[np.int32] | None = None
+    """Row of the node that holds `region_tokens`, which a FETCH asks [matching regions]; None: pools are regions'."""
+    held_by: Callable[[int], int] | None = None
+    """Tokens that the node of a row holds, for those that `nodes` leaves out; None: it leaves out none."""
 
     def in_region(self, region: int) -> int:
         """Tokens that this region's pool holds, 0 = none."""
         found = self.region_tokens[self.regions == region]
         return int(found[0]) if found.size else 0
+
+    def on_node(self, row: int) -> int:
+        """Tokens that this node holds itself, 0 = none."""
+        if self.held_by is not None:
+            return self.held_by(row)
+        found = self.node_tokens[self.nodes == row]
+        return int(found[0]) if found.size else 0
+
+    def usable_on(self, row: int, region: int) -> int:
+        """Tokens that this node of this region needn't compute or be sent."""
+        return self.in_region(region) if self.region_nodes is None else self.on_node(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,10 @@ class RequestSnapshot:
     prefixes: PrefixMatches | None = None
     waited_s: float = 0.0
     """Since the request's arrival: above 0 when it is routed again after a failure."""
+    admitted: bool = False
+    """It has been admitted before and is routed again: it is not refused for being late."""
+    pinned_route: PinnedRoute | None = None
+    """Where it must be prefilled; None = where the policy wants."""
 
 
 @dataclass(slots=True)
@@ -120,11 +148,22 @@ class ClusterSnapshot:
     waiting_requests: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """On a decode node with all their KV, for want of a place in its batch."""
     links: LinkColumns = field(default_factory=lambda: LinkColumns.none(0))
+    prefill_jitter_s: NDArray[np.float64] | None = None
+    """Added to when a node is free where nodes are compared, so that routers with one picture of the nodes don't all
+    choose the same one: drawn by each router for itself, as large as what the others may have sent. None: no others."""
+    decode_jitter: NDArray[np.float64] | None = None
+    """The same for decode nodes, in requests."""
     now_s: float = 0.0
     layout_version: int = 0
     """The shell raises it when a node comes, goes, or changes its region, role or profile: the pools follow."""
     _pools: dict[int, list[Pool]] = field(default_factory=dict, repr=False)
     _pools_version: int = field(default=-1, repr=False)
+
+    def closed_nodes(self) -> NDArray[np.bool_]:
+        """Not usable, or full [nodes]."""
+        found = self.inflight_requests >= self.max_inflight_requests
+        found |= ~self.usable
+        return found
 
     def pools(self, role: int) -> list[Pool]:
         """The nodes of a role, by region and profile; kept until `layout_version` changes."""
@@ -162,6 +201,14 @@ class Decision:
     fetch_region: int | None = None
     """Where tokens up to `prefill_start` are fetched from over the WAN first; None = the prefill region has them."""
     predicted_ttft_s: float = float("nan")
+    fetch_node: int | None = None
+    """The node of `fetch_region` that holds it, where pools are nodes'."""
+    prefill_s: float = 0.0
+    """Bare, of the node that prefills."""
+    wire_bytes: float = 0.0
+    """KV that crosses the WAN for it, as predicted."""
+    threshold_tokens: float = float("nan")
+    """That it was decided with; nan: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,19 +216,12 @@ class Refused:
     """Not admitted. The router answers 429 with `Retry-After` when `reason` is "deadline", 503 otherwise."""
 
     reason: str
-    """deadline: nobody would be in time; full: no node has room; no_decode_node, no_prefill_node."""
+    """deadline: nobody would be in time; full: no node has room; pinned: the pinned route isn't there; no_decode_node,
+    no_prefill_node."""
     retry_after_s: float
 
 
-class Policy(Protocol):
-    """Pure: no clock, no I/O, no randomness of its own."""
-
-    def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | None:
-        """None: no decode node can serve this now."""
-        ...
-
-
 class AdmittingPolicy(Protocol):
-    """A policy that also says why not, and when to try again. It may hold state of its own (a cursor), but no clock."""
+    """Pure: no clock, no I/O, no randomness of its own. It may hold state of its own (a cursor, a threshold)."""
 
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused: ...

@@ -32,6 +32,10 @@ def router(argv: Sequence[str]) -> int:
     from prfaas.services.router.app import serve
 
     log.configure(config.log.level, config.log.format, partial(LogFile, STDERR))
+    if config.router.processes > 1 and not config.router.process:
+        from prfaas.services.router import processes
+
+        return processes.serve(config, argv)
     serve(config)
     return 0
 

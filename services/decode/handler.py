@@ -29,6 +29,7 @@ from prfaas.services.engine.api import (
     SamplingParams,
     TokenEvent,
 )
+from prfaas.services.engine.prefix_store import Hold
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.tokenizer import TextStream, Tokenizer
 from prfaas.services.leases import Lease, Leases
@@ -116,6 +117,8 @@ class _Decode:
     engine_timeline: DecodeTimeline | None = None
     ticket: TicketEvent = field(default_factory=lambda: TicketEvent("", [], 0, 0))
     receiver: KvReceiver | None = None
+    hold: Hold | None = None
+    """What this node's own pool has of the context."""
     events: EventStream[DecodeEvent] | None = None
     """None: all tokens of the output have been delivered before."""
 
@@ -130,10 +133,14 @@ class _Decode:
 
     async def aclose(self) -> None:
         """The engine has let go of everything when this returns. Idempotent."""
-        if self.events is not None:
-            await self.events.aclose()
-        elif self.receiver is not None:
-            await self.receiver.aclose()
+        try:
+            if self.events is not None:
+                await self.events.aclose()
+            elif self.receiver is not None:
+                await self.receiver.aclose()
+        finally:
+            if self.hold is not None:
+                self.hold.release()
 
     async def run(self) -> str:
         """The outcome's word for the metrics. The engine has let go of everything when this returns or raises, before
@@ -177,18 +184,20 @@ class _Decode:
         return "done"
 
     def _transfer(self) -> tuple[TicketEvent, KvReceiver | None]:
-        """Permission for the KV of all but the last token of the context; none when there is nothing to send."""
+        """Permission for the KV of the context's tokens but the last, from the first that isn't held; none when there
+        is nothing to send."""
         call, service = self.call, self.service
         info = service.engine.info
         end = len(call.prompt_token_ids) + len(call.output_token_ids) - 1
-        if call.local_prefill or end == 0:
-            if end:
+        start = self._held(end)
+        if call.local_prefill or start == end:
+            if start < end:
                 service.metrics.local_prefills.inc()
-            return TicketEvent("", [], 0, end), None
+            return TicketEvent("", [], start, end), None
         spec = TransferSpec(
             transfer_id=uuid.uuid4().hex,
             request_id=call.request_id,
-            tokens=TokenRange(0, end),
+            tokens=TokenRange(start, end),
             prompt_tokens=end + 1,
             max_output_tokens=call.max_output_tokens - len(call.output_token_ids),
             model_fingerprint=info.model_fingerprint,
@@ -196,7 +205,18 @@ class _Decode:
         )
         ticket, receiver = service.endpoint.receiver(spec, call.prefill_node)
         addresses = [KvAddressMessage(a.host, a.port, a.rank) for a in service.endpoint.addresses]
-        return TicketEvent(ticket, addresses, 0, end), receiver
+        return TicketEvent(ticket, addresses, start, end), receiver
+
+    def _held(self, end: int) -> int:
+        """Tokens of the context that this node's pool has; they are pinned from now on."""
+        call, service = self.call, self.service
+        store = service.engine.prefixes
+        if store is None or not end:
+            return 0
+        self.hold = store.hold([*call.prompt_token_ids, *call.output_token_ids][:end], call.tenant)
+        service.metrics.prefix_asked_tokens.labels("decode").inc(end)
+        service.metrics.prefix_held_tokens.labels("decode").inc(self.hold.tokens)
+        return self.hold.tokens
 
     def _request(self) -> DecodeRequest:
         call = self.call
@@ -207,6 +227,8 @@ class _Decode:
             _sampling(call.sampling),
             call.output_token_ids,
             call.timeout_s,
+            call.tenant,
+            self.hold,
         )
 
     def _output(self) -> OutputText:
@@ -244,6 +266,8 @@ class _Decode:
             self.engine_timeline,
             receiver.report if receiver is not None else None,
             self.service.router_clock(self.call.router),
+            held_tokens=self.ticket.token_start,
+            local_prefill=receiver is None and self.ticket.token_start < self.ticket.token_end,
         )
         arrived = [s for s in timeline.arrived_s if s is not None]
         if arrived and timeline.ended_s is not None:

@@ -34,8 +34,11 @@ def node_timeline(
     engine: DecodeTimeline | None,
     report: TransferReport | None,
     router_clock: LinkClock | None,
+    held_tokens: int = 0,
+    local_prefill: bool = False,
 ) -> DecodeNodeTimeline:
-    """`report`: the receiver's; None = prefilled here. `router_clock`: router_monotonic − ours, if it is known.
+    """`report`: the receiver's; None = nothing was sent. `router_clock`: router_monotonic − ours, if it is known.
+    `held_tokens`: of the own pool. `local_prefill`: this node has computed the rest.
 
     Prefill's instants are mapped with the lanes' clock; without one (no PONG yet) they are left out.
     """
@@ -67,7 +70,8 @@ def node_timeline(
         clock_error_s=report.clock.error_s if report is not None and report.clock is not None else 0.0,
         kv_raw_bytes=report.raw_bytes if report is not None else 0,
         kv_wire_bytes=report.wire_bytes if report is not None else 0,
-        local_prefill=report is None,
+        local_prefill=local_prefill,
+        held_tokens=held_tokens,
         clock_offset_s=router_clock.offset_s if router_clock is not None else 0.0,
         router_clock_error_s=router_clock.error_s if router_clock is not None else 0.0,
     )

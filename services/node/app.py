@@ -10,11 +10,13 @@ import signal
 from collections.abc import AsyncIterator
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from prfaas.common import log
 from prfaas.common.config import Config, EngineConfig, parse_address
 from prfaas.common.errors import ConfigError, UnavailableError
 from prfaas.common.metrics import Metrics
+from prfaas.common.prefixcache.sizes import CacheSizes
 from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.decode.handler import DecodeService
@@ -23,6 +25,7 @@ from prfaas.services.engine.tokenizer import BYTES, load_tokenizer
 from prfaas.services.leases import Leases
 from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LinkMessage, LoadMessage
 from prfaas.services.node.heartbeat import RouterLink
+from prfaas.services.node.news import PoolNews, ProfileNews
 from prfaas.services.prefill.handler import PrefillService
 from prfaas.transport.api import KvAddress, LinkClock
 from prfaas.transport.endpoint import KvEndpoint
@@ -31,6 +34,8 @@ from prfaas.transport.tls import Tls
 
 # A body of 262,144 token ids and their JSON, several times over.
 MAX_BODY_BYTES = 64 << 20
+MAX_ROUTERS = 64
+"""Processes of one router; its setting has the same bound."""
 # After its leases were freed, a handler needs a layer's time to clean up.
 CLEAN_UP_S = 5.0
 
@@ -55,9 +60,13 @@ class Node:
         self.url = ""
         self.secret = services_web.read_secret(config.cluster)
         self._signer = services_web.Signer.of(self.secret, config.cluster)
-        self._links: list[RouterLink] = []
-        self._beating: list[asyncio.Task[None]] = []
+        self._links: dict[str, RouterLink] = {}
+        self._beating: dict[str, asyncio.Task[None]] = {}
+        self._shared: dict[str, list[str]] = {}
+        """An address that several routers share, and theirs."""
         self._session: aiohttp.ClientSession | None = None
+        self._profile = ProfileNews()
+        self._pool: PoolNews | None = None
         self._started = False
 
     def why_not_ready(self) -> str | None:
@@ -89,6 +98,11 @@ class Node:
             await self.engine.close()
             raise
         metrics = self.metrics.node
+        if (store := self.engine.prefixes) is not None:
+            self._pool = PoolNews(store)
+            self.endpoint.on_fetch(store.serve_fetch)
+            metrics.prefix_capacity_bytes.set(store.capacity_bytes)
+            metrics.prefix_used_bytes.set_function(lambda: store.used_bytes)
         metrics.arena_bytes.set(info.arena_bytes)
         metrics.running_requests.set_function(lambda: self.engine.load().running_requests)
         metrics.queued_tokens.set_function(lambda: self.engine.load().queued_tokens)
@@ -124,31 +138,50 @@ class Node:
         """Register at every router as reachable under `url`, and keep the registration fresh."""
         self.url = url
         self._session = services_web.client_session()
+        for router_url in self.config.node.routers:
+            self._register_at(router_url)
+
+    def _register_at(self, router_url: str) -> None:
+        if router_url in self._links:
+            return
+        assert self._session is not None
         config = self.config.node
-        for router_url in dict.fromkeys(config.routers):
-            link = RouterLink(
-                router_url,
-                self._session,
-                self._signer,
-                self.metrics.node,
-                config.heartbeat_s,
-                config.router_dead_s,
-                self._heartbeat,
-                self._answered,
-                self._router_died,
-                self.tls,
-            )
-            self._links.append(link)
-            self._beating.append(asyncio.create_task(link.run()))
+        link = self._links[router_url] = RouterLink(
+            router_url,
+            self._session,
+            self._signer,
+            self.metrics.node,
+            config.heartbeat_s,
+            config.router_dead_s,
+            self._heartbeat,
+            self._answered,
+            self._router_died,
+            self._routers_are,
+            self.tls,
+        )
+        self._beating[router_url] = asyncio.create_task(link.run())
+
+    def _routers_are(self, shared: str, urls: list[str]) -> None:
+        """The processes of a router have said where each of them is."""
+        if self.leaving or len(urls) > MAX_ROUTERS:
+            return
+        before, self._shared[shared] = self._shared.get(shared, []), urls
+        for gone in set(before) - set(urls) - set(self.config.node.routers):
+            if (link := self._links.pop(gone, None)) is not None:
+                self._beating.pop(gone).cancel()
+                if link.router is not None:
+                    self._router_died(link.router)
+        for router_url in urls:
+            self._register_at(router_url)
 
     async def leave(self) -> None:
         """The last heartbeats; no more follow."""
-        for task in self._beating:
+        self.leaving = True
+        for task in self._beating.values():
             task.cancel()
         if self._beating:
-            await asyncio.wait(self._beating)
-        self.leaving = True
-        await asyncio.gather(*(link.leave() for link in self._links))
+            await asyncio.wait(self._beating.values())
+        await asyncio.gather(*(link.leave() for link in self._links.values()))
         if self._session is not None:
             await self._session.close()
 
@@ -166,16 +199,17 @@ class Node:
                 await asyncio.wait_for(self.leases.none_left(), CLEAN_UP_S)
 
     def _beat_now(self) -> None:
-        for link in self._links:
+        for link in self._links.values():
             link.beat_now()
 
     def router_clock(self, router: str) -> LinkClock | None:
         """router_monotonic − ours, by the router's name."""
-        return next((link.clock for link in self._links if link.router == router), None)
+        return next((link.clock for link in self._links.values() if link.router == router), None)
 
-    def _heartbeat(self, clock: LinkClock | None) -> Heartbeat:
-        info, load = self.engine.info, self.engine.load()
-        return Heartbeat(
+    def _heartbeat(self, link: RouterLink) -> Heartbeat:
+        info, load, clock = self.engine.info, self.engine.load(), link.clock
+        self._profile.take(self.engine.profile)
+        heartbeat = Heartbeat(
             node=self.name,
             epoch=self.epoch,
             region=self.config.node.region,
@@ -187,7 +221,12 @@ class Node:
             layout_hash=info.layout.layout_hash,
             max_model_tokens=info.max_model_tokens,
             load=LoadMessage(
-                load.queued_requests, load.queued_tokens, load.running_requests, load.context_tokens, load.free_kv_bytes
+                load.queued_requests,
+                load.queued_tokens,
+                load.running_requests,
+                load.context_tokens,
+                load.free_kv_bytes,
+                load.max_requests,
             ),
             # To a router it is the same: nothing new here, what runs ends by itself (a failed engine has ended it all).
             draining=self.draining or self.engine.failure is not None,
@@ -196,10 +235,27 @@ class Node:
             clock_error_s=clock.error_s if clock is not None else 1e9,
             model_path=self.config.engine.model,
             links=[LinkMessage.of(peer, estimate) for peer, estimate in self.endpoint.link_estimates().items()],
+            routers=max(1, sum(each.answering for each in self._links.values())),
+            profile_id=self._profile.id,
+            profile=self._profile.file if link.wants_profile else "",
+        )
+        if self._pool is None or self.leaving:
+            return heartbeat
+        return msgspec.structs.replace(
+            heartbeat,
+            prefix_block_tokens=self.config.engine.prefix_block_tokens,
+            prefix_exact=CacheSizes.of_layout(info.layout).needs_snapshot,
+            prefix_events=self._pool.batch(link, self._links.values()),
         )
 
-    def _answered(self, answer: HeartbeatAnswer) -> None:
-        """Sessions are opened before they are needed, and kept as long as a router lists the peer."""
+    def _answered(self, link: RouterLink, answer: HeartbeatAnswer) -> None:
+        """What a router wants to know; and its peers: sessions are opened before they are needed, and kept as long as
+        a router lists the peer."""
+        if self._pool is not None:
+            self._pool.answered(link, answer)
+        if answer.wants_profile and not link.wants_profile:
+            link.beat_now()
+        link.wants_profile = answer.wants_profile
         sends = self.role == "prefill"
         if sends != (self.config.transport.dial == "sender"):
             return  # the other side dials

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ import aiohttp
 import msgspec
 from prfaas.common import log
 from prfaas.common.metrics import NodeMetrics
+from prfaas.common.prefixcache.events import EventStream
 from prfaas.services.messages import Heartbeat, HeartbeatAnswer, to_json
 from prfaas.services.web import Signer, signed_post, why_not_connected
 from prfaas.transport.api import LinkClock
@@ -28,8 +30,9 @@ _log = log.get_logger("node")
 
 
 class RouterLink:
-    """`make_heartbeat(clock)` → the next one; `on_answer` gets each answer; `on_dead(router)` is called once when the
-    router that answered last has been silent for `dead_s`, and again only after it has answered again."""
+    """`make_heartbeat(link)` → the next one; `on_answer(link, answer)` gets each answer; `on_dead(router)` is called
+    once when the router that answered last has been silent for `dead_s`, and again only after it has answered again.
+    `on_moved(url, urls)`: nobody is registered at `url`, which several routers share; each of these is one of them."""
 
     def __init__(
         self,
@@ -39,9 +42,10 @@ class RouterLink:
         metrics: NodeMetrics,
         heartbeat_s: float,
         dead_s: float,
-        make_heartbeat: Callable[[LinkClock | None], Heartbeat],
-        on_answer: Callable[[HeartbeatAnswer], None],
+        make_heartbeat: Callable[[RouterLink], Heartbeat],
+        on_answer: Callable[[RouterLink, HeartbeatAnswer], None],
         on_dead: Callable[[str], None],
+        on_moved: Callable[[str, list[str]], None],
         tls: Tls | None = None,
     ) -> None:
         self.url = URL(url)
@@ -53,6 +57,7 @@ class RouterLink:
         self._make_heartbeat = make_heartbeat
         self._on_answer = on_answer
         self._on_dead = on_dead
+        self._on_moved = on_moved
         self._tls = tls
         self._estimator = ClockEstimator()
         self._death: asyncio.TimerHandle | None = None
@@ -60,6 +65,11 @@ class RouterLink:
         self._trouble = ""
         self.router: str | None = None
         """Its name, from its last answer."""
+        self.answering = False
+        """It has answered, and not been dead since."""
+        self.prefix_events = EventStream(secrets.randbits(48))
+        """What the node's prefix pool became, on its way to this router."""
+        self.wants_profile = False
 
     @property
     def clock(self) -> LinkClock | None:
@@ -107,7 +117,7 @@ class RouterLink:
 
     async def _exchange(self, timeout_s: float) -> HeartbeatAnswer:
         sent_s = time.monotonic()
-        body = to_json(self._make_heartbeat(self.clock))
+        body = to_json(self._make_heartbeat(self))
         async with asyncio.timeout(timeout_s):
             tls = self._tls.client(roles=("router",)) if self._tls is not None else None
             async with await signed_post(self._session, self.url / PATH, body, self._signer, tls=tls) as response:
@@ -124,13 +134,22 @@ class RouterLink:
 
     def _answered(self, answer: HeartbeatAnswer) -> None:
         self._metrics.heartbeats.labels("answered").inc()
+        if answer.routers:
+            self._trouble = ""
+            self._on_moved(str(self.url), answer.routers)
+            return
         if self.router != answer.router or self._trouble:
             _log.info("registered at router", router=answer.router, url=str(self.url))
         self._trouble = ""
         self.router = answer.router
         self._stop_clock()
-        self._death = asyncio.get_running_loop().call_later(self._dead_s, self._on_dead, answer.router)
-        self._on_answer(answer)
+        self.answering = True
+        self._death = asyncio.get_running_loop().call_later(self._dead_s, self._died, answer.router)
+        self._on_answer(self, answer)
+
+    def _died(self, router: str) -> None:
+        self.answering = False
+        self._on_dead(router)
 
     def _failed(self, trouble: str) -> None:
         self._metrics.heartbeats.labels("failed").inc()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -12,6 +14,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import aiohttp
+import numpy as np
 from aiohttp import web
 from prfaas.common import log
 from prfaas.common.auth import key_matches
@@ -24,22 +28,31 @@ from prfaas.common.errors import (
     UnavailableError,
 )
 from prfaas.common.metrics import Metrics
-from prfaas.common.scheduling.least_loaded import LeastLoaded
+from prfaas.common.scheduling.policies import AdaptiveThreshold
+from prfaas.common.scheduling.types import ROLE_DECODE, AdmittingPolicy
 from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
+from prfaas.services.router import processes
+from prfaas.services.router.decision import make_policy, read_wishes
 from prfaas.services.router.dispatch import Dispatcher, Job
 from prfaas.services.router.openai import GenerationRequest, Kind
+from prfaas.services.router.prefixes import Prefixes, tenant_of
 from prfaas.services.router.prompts import Prompts
 from prfaas.services.router.registry import ROLES, Registry
 from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
 from prfaas.transport.tls import Tls
+from yarl import URL
 
+ADAPT_S = 1.0
+"""From one look at load and links to the next."""
 GARBAGE_THRESHOLD = 10_000
 """Allocations between two searches for cyclic garbage; Python's own choice is 700."""
+SIBLING_S = 2.0
+"""For another process of this router to say what it knows."""
 NODE_STATES = ("usable", "unreachable", "draining", "lost")
 
 logger = log.get_logger("router")
@@ -54,9 +67,11 @@ class Router:
     api_keys: tuple[str, ...]
     signer: Signer
     prompts: Prompts
+    policy: AdmittingPolicy
+    registry: Registry
+    prefixes: Prefixes
     tls: Tls | None = None
     metrics: Metrics = field(default_factory=Metrics)
-    registry: Registry = field(default_factory=Registry)
     started_at_s: int = field(default_factory=lambda: int(time.time()))
     refused: dict[str, str] = field(default_factory=dict)
     """Nodes whose heartbeats are refused, and why: logged once, not every two seconds."""
@@ -65,19 +80,28 @@ class Router:
         return self.registry.why_not_ready(time.monotonic())
 
     @property
+    def name(self) -> str:
+        return processes.name_of(self.config)
+
+    def process_urls(self) -> list[str]:
+        """Of all processes of this router, where each alone is reached."""
+        return processes.urls(self.config, "http" if self.tls is None else "https")
+
+    @property
     def served_model(self) -> str:
         """Empty: no node has said yet."""
         return self.config.served_model or self.registry.model
 
-    def authenticate(self, request: web.Request) -> None:
-        """Raises AuthenticationError unless the client has one of the keys, or there are none."""
+    def authenticate(self, request: web.Request) -> str:
+        """The client's key, "" where there are none. Raises AuthenticationError unless it has one of them."""
         if not self.api_keys:
-            return
+            return ""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise AuthenticationError("no API key: send it as Authorization: Bearer <key>", code="invalid_api_key")
         if not key_matches(key.strip(), self.api_keys):
             raise AuthenticationError("wrong API key", code="invalid_api_key")
+        return key.strip()
 
     def check_model(self, model: str) -> None:
         """Raises ModelNotFoundError, UnavailableError."""
@@ -117,6 +141,7 @@ class Router:
 ROUTER = web.AppKey("router", Router)
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 TIMELINES = web.AppKey("timelines", Timelines)
+SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -137,11 +162,14 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
     status = services_web.CLIENT_LEFT
     metrics.inflight_requests.inc()
     try:
-        router.authenticate(http)
+        api_key = router.authenticate(http)
+        wishes = read_wishes(http.headers)
         request = await router.prompts.parse(kind, await read_body(http))
         router.check_model(request.model)
         prompt = await router.prompts.tokenize(request)
         metrics.prompt_tokens.inc(prompt.tokens)
+        tenant = tenant_of(router.config.share_prefixes, request.cache_salt, api_key, http[REQUEST_ID])
+        hasher = router.prefixes.hasher(tenant)
         job = Job(
             request_id=http[REQUEST_ID],
             request=request,
@@ -150,6 +178,9 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
             max_output_tokens=router.max_output_tokens(request, prompt.tokens),
             arrived_s=arrived_s,
             deadline_s=arrived_s + router.config.request_timeout_s,
+            wishes=wishes,
+            tenant=tenant,
+            keys=await router.prompts.keys(hasher, prompt) if hasher is not None else (),
         )
         response = await http.app[DISPATCHER].run(http, job)
         status = response.status
@@ -231,12 +262,32 @@ async def timeline(http: web.Request) -> web.Response:
     http.app[ROUTER].authenticate(http)
     request_id = http.match_info["request_id"]
     record = http.app[TIMELINES].get(request_id)
+    if record is None and (found := await _ask_other_processes(http)) is not None:
+        return found
     if record is None:
         raise ModelNotFoundError(
             f"no timeline of request {request_id[:128]!r}: unknown, still running, or too long ago",
             code="timeline_not_found",
         )
     return json_response(record.timeline())
+
+
+async def _ask_other_processes(http: web.Request) -> web.Response | None:
+    """A timeline is kept by the process that served the request, and this call came to any of them."""
+    router = http.app[ROUTER]
+    if not _came_to_shared_port(http, router.config):
+        return None
+    tls = router.tls.client(roles=("router",)) if router.tls is not None else True
+    headers = {"authorization": given} if (given := http.headers.get("authorization")) else {}
+    for number, url in enumerate(router.process_urls(), 1):
+        if number == router.config.process:
+            continue
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            asked = http.app[SESSION].get(URL(url + http.rel_url.raw_path, encoded=True), headers=headers, ssl=tls)
+            async with asyncio.timeout(SIBLING_S), asked as response:
+                if response.status == 200:
+                    return web.Response(body=await response.read(), content_type="application/json")
+    return None
 
 
 # -- nodes ------------------------------------------------------------------------------------------------------------
@@ -255,6 +306,10 @@ async def heartbeat(http: web.Request) -> web.Response:
     try:
         services_tls.check_caller(http, message.node, (message.role,))
         _check_url(router, message)
+        if _came_to_shared_port(http, router.config):
+            outcomes.labels("accepted").inc()
+            answer = HeartbeatAnswer(router.name, received_s, time.monotonic(), [], routers=router.process_urls())
+            return json_response(answer)
         registered = router.registry.heartbeat(message, received_s)
     except RequestError as error:
         outcomes.labels("refused").inc()
@@ -269,7 +324,17 @@ async def heartbeat(http: web.Request) -> web.Response:
     if registered.news is not None:
         logger.info("node", news=registered.news, node=message.node, role=message.role, region=message.region)
     peers = router.registry.peers_of(message, received_s)
-    return json_response(HeartbeatAnswer(router.config.name, received_s, time.monotonic(), peers))
+    wants_profile = not message.profile and router.registry.wants_profile(message)
+    prefix_next = None if registered.node is None else router.prefixes.heard(registered.node.row, message)
+    return json_response(HeartbeatAnswer(router.name, received_s, time.monotonic(), peers, prefix_next, wants_profile))
+
+
+def _came_to_shared_port(http: web.Request, config: RouterConfig) -> bool:
+    """One of several processes took the connection, by chance."""
+    if not config.process or http.transport is None:
+        return False
+    port: int = http.transport.get_extra_info("sockname")[1]
+    return port == parse_address(config.bind)[1]
 
 
 def _check_url(router: Router, message: Heartbeat) -> None:
@@ -291,12 +356,16 @@ def make_app(config: Config) -> web.Application:
     if not config.router.model_path:
         raise ConfigError(["router.model_path is not set: the router needs the model's tokenizer"])
     secret = services_web.read_secret(config.cluster)
+    prefixes = Prefixes(config.router.prefix_index_blocks)
     router = Router(
         config=config.router,
         secret=secret,
         api_keys=read_api_keys(config.router),
         signer=Signer.of(secret, config.cluster),
         prompts=Prompts(load_tokenizer(config.router.model_path), config.router.tokenizer_threads),
+        policy=make_policy(config.router),
+        registry=Registry(config.router.assumed_link_gbps * 1e9 / 8, np.random.default_rng(), prefixes.forget),
+        prefixes=prefixes,
         tls=services_tls.open_tls(config.tls, "router.name", config.router.name, "router"),
     )
     app = services_web.make_app(
@@ -322,16 +391,38 @@ def make_app(config: Config) -> web.Application:
 async def _running(app: web.Application) -> AsyncIterator[None]:
     router = app[ROUTER]
     async with services_web.client_session() as session:
+        app[SESSION] = session
         app[DISPATCHER] = Dispatcher(
-            router.config.name,
+            router.name,
             Nodes(session, router.signer, router.tls),
             router.registry,
-            LeastLoaded(router.config.offload_threshold_tokens),
+            router.policy,
             router.metrics.router,
             app[TIMELINES],
+            router.prefixes,
         )
+        adapting = asyncio.create_task(_adapting(router))
         yield
+        adapting.cancel()
+        await asyncio.wait([adapting])
     router.prompts.close()
+
+
+async def _adapting(router: Router) -> None:
+    """Once a second: thresholds follow load and links, and the gauges follow both."""
+    while True:
+        await asyncio.sleep(ADAPT_S)
+        now_s = time.monotonic()
+        cluster = router.registry.snapshot(now_s)
+        policy, metrics = router.policy, router.metrics.router
+        if isinstance(policy, AdaptiveThreshold):
+            policy.adapt(now_s, cluster)
+            for region in {pool.region for pool in cluster.pools(ROLE_DECODE)}:
+                metrics.threshold_tokens.labels(cluster.region_names[region]).set(policy.threshold_of(region))
+        for source, target in itertools.permutations(range(len(cluster.region_names)), 2):
+            gauge = metrics.link_bandwidth.labels(cluster.region_names[source], cluster.region_names[target])
+            gauge.set(cluster.links.bandwidth_bytes_per_s.item(source, target))
+        metrics.prefix_blocks.set(len(router.prefixes.index))
 
 
 async def _ending(app: web.Application) -> None:
@@ -371,7 +462,14 @@ def listening(app: web.Application, bind: str) -> contextlib.AbstractAsyncContex
     none (their API keys say who they are)."""
     router = app[ROUTER]
     return services_web.listening(
-        app, bind, secret=router.secret, key="router.bind", tls=router.tls, client_certificates=False
+        app,
+        bind,
+        secret=router.secret,
+        key="router.bind",
+        tls=router.tls,
+        client_certificates=False,
+        shared=bool(router.config.process),
+        also=processes.own_bind(router.config),
     )
 
 

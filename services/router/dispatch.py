@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 
@@ -22,21 +22,26 @@ from aiohttp import web
 from prfaas.common import log
 from prfaas.common.errors import PrfaasError, ProtocolError, UnavailableError
 from prfaas.common.metrics import RouterMetrics
-from prfaas.common.scheduling.types import Policy, RequestSnapshot
+from prfaas.common.prefixcache.hashes import BlockKey
+from prfaas.common.scheduling.types import AdmittingPolicy, ClusterSnapshot, Decision, Refused, RequestSnapshot
 from prfaas.services.messages import (
     DecodeCall,
     ErrorBody,
     ErrorDetail,
+    FetchFrom,
     FormatMessage,
     PrefillCall,
     PrefillResult,
     TicketEvent,
     to_json,
 )
+from prfaas.services.router.decision import NO_WISHES, Wishes, in_words, refusal, region_index, shares
 from prfaas.services.router.node_stream import Batch, response_body
 from prfaas.services.router.openai import GenerationRequest
+from prfaas.services.router.prefixes import Prefixes
 from prfaas.services.router.prompts import Prompt
 from prfaas.services.router.registry import Node, Registry
+from prfaas.services.router.share import Share
 from prfaas.services.router.timeline import Record, RequestFacts, RouterInstants, Timelines
 from prfaas.services.router.upstream import (
     CLIENT_ERRORS,
@@ -52,6 +57,10 @@ from prfaas.services.web import REQUEST_ID_HEADER, describe_error, error_respons
 REASON_HEADER = "x-prfaas-reason"
 PREFILL_HEADER = "x-prfaas-prefill"
 DECODE_HEADER = "x-prfaas-decode"
+PREFILL_REGION_HEADER = "x-prfaas-prefill-region"
+DECODE_REGION_HEADER = "x-prfaas-decode-region"
+DECISION_HEADER = "x-prfaas-decision"
+HELD_HEADER = "x-prfaas-held-tokens"
 
 DECODE_ATTEMPTS = 2
 """Decode nodes that a request may try."""
@@ -75,15 +84,28 @@ class Job:
     arrived_s: float
     deadline_s: float
     """In the loop's clock, which is the monotonic one."""
+    wishes: Wishes = NO_WISHES
+    tenant: str = ""
+    """Whose cached prefixes it may use."""
+    keys: Sequence[BlockKey] = ()
+    """Of the prompt's blocks."""
 
 
 @dataclass(slots=True)
 class Attempt:
-    """Where a request is being tried."""
+    """Where a request is being tried, and why."""
 
     reason: str
     decode: Node
     prefill: Node | None
+    decision: Decision | None = None
+    decode_share: Share | None = None
+    prefill_share: Share | None = None
+    """What it asks of the two nodes, as predicted."""
+    fetch: FetchFrom | None = None
+    prompt_tokens: int = 0
+    held_tokens: int = 0
+    """Prefix that the decode node had itself; from its ticket on, what it really had."""
 
 
 @dataclass(slots=True)
@@ -119,9 +141,10 @@ class Dispatcher:
         name: str,
         nodes: Nodes,
         registry: Registry,
-        policy: Policy,
+        policy: AdmittingPolicy,
         metrics: RouterMetrics,
         timelines: Timelines,
+        prefixes: Prefixes,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -130,6 +153,7 @@ class Dispatcher:
         self.policy = policy
         self.metrics = metrics
         self.timelines = timelines
+        self.prefixes = prefixes
         self.now_s = now_s
         self._deadlines: set[asyncio.Timeout] = set()
         self._closing = False
@@ -206,21 +230,54 @@ class Dispatcher:
                 logger.warning("fallback", reason=fallback, node=error.node.name, error=str(error))
 
     def _decide(self, job: Job, progress: Progress) -> Attempt:
-        """Raises UnavailableError when no decode node is usable."""
-        snapshot = RequestSnapshot(
+        """Raises UnavailableError when no node can serve it (TooLateError: not in time), RequestError when it is pinned
+        to a region that isn't there."""
+        now_s = self.now_s()
+        cluster = self.registry.snapshot(now_s)
+        began_s = time.perf_counter()
+        answer = self.policy(self._request(job, progress, cluster, now_s), cluster)
+        self.metrics.decision_seconds.observe(time.perf_counter() - began_s)
+        if isinstance(answer, Refused):
+            self.metrics.decisions.labels(f"refused_{answer.reason}").inc()
+            logger.info(
+                "refused",
+                reason=answer.reason,
+                retry_after_s=round(answer.retry_after_s, 1),
+                prompt_tokens=job.prompt.tokens,
+                deadline_s=job.wishes.deadline_s,
+            )
+            raise refusal(answer)
+        decode = self.registry.node(answer.decode_node)
+        mine, theirs = shares(answer, cluster, job.prompt.tokens, job.max_output_tokens)
+        attempt = Attempt(answer.reason, decode, None, answer, mine, theirs)
+        attempt.prompt_tokens, attempt.held_tokens = job.prompt.tokens, answer.token_start
+        if progress.prefill_gave_up:
+            attempt.reason = "prefill_failed"
+        elif answer.prefill_node is not None:
+            attempt.prefill = self.registry.node(answer.prefill_node)
+            if answer.fetch_node is not None:
+                holder = self.registry.node(answer.fetch_node)
+                attempt.fetch = FetchFrom(holder.name, holder.kv_addresses, answer.prefill_start)
+        return attempt
+
+    def _request(self, job: Job, progress: Progress, cluster: ClusterSnapshot, now_s: float) -> RequestSnapshot:
+        """What the policy sees of it. A request that was tried before has been admitted."""
+        wishes = job.wishes
+        waited_s = now_s - job.arrived_s
+        prefixes = self.prefixes.matches(job.keys, cluster)
+        tokens = job.prompt.tokens
+        return RequestSnapshot(
             job.request_id,
-            job.prompt.tokens,
+            tokens,
             job.max_output_tokens,
-            job.prompt.tokens,
-            job.deadline_s - self.now_s(),
+            tokens,
+            None if wishes.deadline_s is None else wishes.deadline_s - waited_s,
+            region_index(wishes, cluster),
+            prefixes,
+            waited_s,
+            bool(progress.fallbacks),
+            wishes.route,
         )
-        decision = self.policy(snapshot, self.registry.snapshot(self.now_s()))
-        if decision is None:
-            raise UnavailableError("no decode node can take requests now; try again", retry_after_s=RETRY_AFTER_S)
-        decode = self.registry.node(decision.decode_node)
-        if progress.prefill_gave_up or decision.prefill_node is None:
-            return Attempt("prefill_failed" if progress.prefill_gave_up else decision.reason, decode, None)
-        return Attempt(decision.reason, decode, self.registry.node(decision.prefill_node))
 
     def _may_repeat(self, attempt: Attempt, progress: Progress, error: NodeCallError) -> bool:
         """Prefill's failures, and the decode node's with prefill elsewhere: once more, prefilled locally. A decode
@@ -247,9 +304,10 @@ class Dispatcher:
         self.metrics.decisions.labels(attempt.reason).inc()
         body = self._decode_body(job, attempt)
         prefill: asyncio.Task[PrefillResult] | None = None
-        with self.registry.dispatched(attempt.decode, job.prompt.tokens), ExitStack() as prefilling:
+        tokens = job.prompt.tokens
+        with self.registry.dispatched(attempt.decode, tokens, attempt.decode_share), ExitStack() as prefilling:
             if attempt.prefill is not None:
-                prefilling.enter_context(self.registry.dispatched(attempt.prefill, job.prompt.tokens))
+                prefilling.enter_context(self.registry.dispatched(attempt.prefill, tokens, attempt.prefill_share))
             try:
                 with closing(await self.nodes.call(attempt.decode, "/decode", body, job.request_id)) as call:
                     ticket, batch = await _read_ticket(call)
@@ -278,13 +336,17 @@ class Dispatcher:
             ticket.ticket,
             ticket.kv_addresses,
             max(0.0, job.deadline_s - self.now_s()),
+            job.tenant,
+            attempt.fetch,
         )
 
         prefill = attempt.prefill
+        attempt.held_tokens = ticket.token_start
 
         def ended(task: asyncio.Task[PrefillResult]) -> None:
             if not task.cancelled() and task.exception() is None:
                 self.registry.reached(prefill)
+                self._prefilled(attempt, task.result())
             # After the first token all KV has arrived: what happens to the call then changes nothing.
             if not task.cancelled() and (error := task.exception()) is not None and not progress.output_tokens:
                 call.fail(error if isinstance(error, Exception) else RuntimeError("prefill was interrupted"))
@@ -292,6 +354,15 @@ class Dispatcher:
         task = asyncio.create_task(self.nodes.prefill(attempt.prefill, prefill_call))
         task.add_done_callback(ended)
         return task
+
+    def _prefilled(self, attempt: Attempt, result: PrefillResult) -> None:
+        """What a prefill that has ended tells of links and caches."""
+        self.registry.links.compressed(result.raw_bytes, result.wire_bytes)
+        self.metrics.held_tokens.labels("prefill").inc(result.held_tokens)
+        self.metrics.held_tokens.labels("decode").inc(attempt.held_tokens)
+        if attempt.fetch is not None:
+            self.metrics.fetches.labels(result.fetch_failed or "done").inc()
+            self.metrics.fetched_tokens.inc(result.fetched_tokens)
 
     async def _relay(
         self, http: web.Request, job: Job, progress: Progress, attempt: Attempt, call: NodeCall, batch: Batch | None
@@ -351,6 +422,7 @@ class Dispatcher:
                 local_prefill=attempt.prefill is None,
                 prefill_node=attempt.prefill.name if attempt.prefill is not None else "",
                 timeout_s=max(0.0, job.deadline_s - self.now_s()),
+                tenant=job.tenant,
             )
         )
 
@@ -373,6 +445,7 @@ class Dispatcher:
             prompt_tokens=job.prompt.tokens,
             output_tokens=progress.output_tokens,
             e2e_s=round(instants.ended_s - instants.arrived_s, 4),
+            **_logged(job, attempt, instants),
         )
         if attempt is not None:
             facts = RequestFacts(
@@ -410,9 +483,25 @@ async def _stop(task: asyncio.Task[PrefillResult]) -> None:
 
 def _headers(request_id: str, attempt: Attempt) -> dict[str, str]:
     headers = {REQUEST_ID_HEADER: request_id, REASON_HEADER: attempt.reason, DECODE_HEADER: attempt.decode.name}
+    headers[DECODE_REGION_HEADER] = attempt.decode.region
+    headers[HELD_HEADER] = str(attempt.held_tokens)
+    if attempt.decision is not None:
+        headers[DECISION_HEADER] = in_words(attempt.decision, attempt.prompt_tokens)
     if attempt.prefill is not None:
         headers[PREFILL_HEADER] = attempt.prefill.name
+        headers[PREFILL_REGION_HEADER] = attempt.prefill.region
     return headers
+
+
+def _logged(job: Job, attempt: Attempt | None, instants: RouterInstants) -> dict[str, object]:
+    """Of the decision, for the request's line in the log."""
+    first_s = instants.first_token_s
+    logged: dict[str, object] = {} if first_s is None else {"ttft_s": round(first_s - instants.arrived_s, 4)}
+    if attempt is not None and attempt.decision is not None:
+        logged["decision"] = in_words(attempt.decision, job.prompt.tokens)
+        if attempt.fetch is not None:
+            logged["fetch_from"] = attempt.fetch.node
+    return logged
 
 
 def _stream_response(request_id: str, attempt: Attempt) -> web.StreamResponse:

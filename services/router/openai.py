@@ -21,6 +21,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_MESSAGES = 4096
 MAX_TEXT_PARTS = 1024
+MAX_SALT_CHARS = 256
 MAX_TOKENS = 1 << 24
 """Of any count of tokens; far above every model, far below what arithmetic would mind."""
 
@@ -43,6 +44,8 @@ class GenerationRequest:
     include_usage: bool
     continuous_usage: bool
     echo: bool
+    cache_salt: str = ""
+    """As vLLM's: prefixes are shared only with requests that have the same."""
 
     @property
     def prompt_field(self) -> str:
@@ -51,7 +54,7 @@ class GenerationRequest:
 
 COMMON_FIELDS = frozenset({
     "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos", "stop",
-    "stop_token_ids", "include_stop_str_in_output", "stream", "stream_options",
+    "stop_token_ids", "include_stop_str_in_output", "stream", "stream_options", "cache_salt",
 })  # fmt: skip
 FIELDS: Mapping[Kind, frozenset[str]] = {
     "chat": COMMON_FIELDS | {"messages", "max_completion_tokens"},
@@ -143,6 +146,7 @@ def parse_request(kind: Kind, body: Any) -> GenerationRequest:
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         echo=_boolean(body, "echo"),
+        cache_salt=_cache_salt(body),
     )
 
 
@@ -190,6 +194,15 @@ def _model(body: Mapping[str, Any]) -> str:
     if not isinstance(model, str) or not 1 <= len(model) <= 512:
         raise _wrong("model", "a string of at most 512 characters", model)
     return model
+
+
+def _cache_salt(body: Mapping[str, Any]) -> str:
+    salt = body.get("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise _wrong("cache_salt", f"a string of 1 to {MAX_SALT_CHARS} characters", salt)
+    return salt
 
 
 def _prompt(body: Mapping[str, Any]) -> str | list[int]:

@@ -6,11 +6,15 @@ costs the loop a late wake-up, not the sum of all such calls.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 from prfaas.common.errors import RequestError
+from prfaas.common.prefixcache.hashes import BlockHasher, BlockKey
 from prfaas.services.engine.tokenizer import Tokenizer
 from prfaas.services.router.openai import GenerationRequest, Kind, parse_request
 from prfaas.services.web import LARGE_BODY_BYTES, in_thread_if, parse_json
@@ -50,6 +54,10 @@ class Prompts:
         data = await parse_json(body, object, self._long)
         return await in_thread_if(len(body) > LARGE_BODY_BYTES, self._long, parse_request, kind, data)
 
+    async def keys(self, hasher: BlockHasher, prompt: Prompt) -> Sequence[BlockKey]:
+        """The keys of the prompt's prefix blocks; 16K tokens take a third of a millisecond."""
+        return await in_thread_if(prompt.tokens > MANY_IDS, self._long, keys_of, hasher, prompt)
+
     async def tokenize(self, request: GenerationRequest) -> Prompt:
         """Raises RequestError naming the prompt's field."""
         if request.messages is not None:
@@ -60,6 +68,13 @@ class Prompts:
             return await in_thread_if(size > MANY_IDS, self._long, tokenize, request, self._tokenizer)
         executor = self._long if size > LONG_TEXT_CHARS else self._short
         return await in_thread_if(size > INLINE_TEXT_CHARS, executor, tokenize, request, self._tokenizer)
+
+
+def keys_of(hasher: BlockHasher, prompt: Prompt) -> list[bytes]:
+    """Pure. Of the blocks of the first n−1 tokens."""
+    ids = array("I", prompt.token_ids)
+    ids.pop()
+    return hasher.keys(np.frombuffer(ids, np.uint32))
 
 
 def tokenize(request: GenerationRequest, tokenizer: Tokenizer) -> Prompt:

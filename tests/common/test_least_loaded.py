@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prfaas.common.scheduling.least_loaded import LeastLoaded
-from prfaas.common.scheduling.types import ROLE_DECODE, ROLE_PREFILL, ClusterSnapshot, RequestSnapshot
+from prfaas.common.scheduling.types import ROLE_DECODE, ROLE_PREFILL, ClusterSnapshot, Refused, RequestSnapshot
 
 
 def cluster(*nodes):
@@ -43,10 +43,11 @@ def test_decision(nodes, tokens, threshold, expected):
     assert (decision.prefill_node, decision.decode_node, decision.reason) == expected
 
 
-def test_no_decode_node_is_no_decision():
+def test_no_decode_node_is_refused():
     """Without a usable decode node nobody can serve."""
-    assert LeastLoaded()(request(10), cluster((ROLE_PREFILL, True, 0, 0), (ROLE_DECODE, False, 0, 0))) is None
-    assert LeastLoaded()(request(10), cluster()) is None
+    without = cluster((ROLE_PREFILL, True, 0, 0), (ROLE_DECODE, False, 0, 0))
+    assert LeastLoaded()(request(10), without).reason == "no_decode_node"
+    assert LeastLoaded()(request(10), cluster()).reason == "no_decode_node"
 
 
 @given(
@@ -58,7 +59,7 @@ def test_never_an_unusable_node(nodes):
     """Whatever the cluster, a decision names usable nodes of the right role."""
     snapshot = cluster(*nodes)
     decision = LeastLoaded()(request(50), snapshot)
-    if decision is None:
+    if isinstance(decision, Refused):
         assert not any(role == ROLE_DECODE and usable for role, usable, _, _ in nodes)
         return
     assert snapshot.usable[decision.decode_node]

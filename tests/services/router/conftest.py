@@ -106,7 +106,7 @@ class StubNode:
         message = Heartbeat(
             node=self.name,
             epoch=self.epoch,
-            region="home",
+            region="home" if self.role == "decode" else "away",
             role=self.role,
             url=self.url,
             kv_addresses=[KvAddressMessage("127.0.0.1", 9)],

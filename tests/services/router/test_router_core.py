@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prfaas.common.errors import ProtocolError, RequestError
 from prfaas.common.scheduling.least_loaded import LeastLoaded
-from prfaas.common.scheduling.types import RequestSnapshot
+from prfaas.common.scheduling.types import Refused, RequestSnapshot
 from prfaas.services.messages import DecodeNodeTimeline, Heartbeat, KvAddressMessage, LoadMessage
 from prfaas.services.router import node_stream
 from prfaas.services.router.node_stream import NodeStream, response_body
@@ -87,7 +87,7 @@ def beat(node: str, role: str = "decode", *, epoch: str = "1", load: LoadMessage
 def choose(registry: Registry, now_s: float, prompt_tokens: int = 10) -> tuple[str | None, str | None]:
     """(prefill, decode) by the least-loaded policy."""
     decision = LeastLoaded(0)(RequestSnapshot("r", prompt_tokens, 5, prompt_tokens), registry.snapshot(now_s))
-    if decision is None:
+    if isinstance(decision, Refused):
         return None, None
     prefill = None if decision.prefill_node is None else registry.node(decision.prefill_node).name
     return prefill, registry.node(decision.decode_node).name

@@ -1,0 +1,75 @@
+"""The prefix that another node has more of: asked of it, and taken into the own pool, before prefill."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import suppress
+from typing import NamedTuple
+
+from prfaas.common import log
+from prfaas.common.errors import PrfaasError, TransferError
+from prfaas.common.kv_layout import TokenRange
+from prfaas.services.engine.prefix_store import Hold, PrefixStore
+from prfaas.services.messages import PrefillCall
+from prfaas.transport.api import KvAddress, TransferSpec
+from prfaas.transport.endpoint import KvEndpoint
+
+FETCH_TIMEOUT_S = 10.0
+"""A prefix that takes longer would rather have been computed."""
+
+_log = log.get_logger("prefill")
+
+
+class Fetched(NamedTuple):
+    """tokens: that came. failed: why nothing did, in one word."""
+
+    tokens: int = 0
+    wire_bytes: int = 0
+    failed: str = ""
+
+
+NOTHING_FETCHED = Fetched()
+
+
+async def fetch_prefix(endpoint: KvEndpoint, store: PrefixStore, hold: Hold, call: PrefillCall) -> Fetched:
+    """Extends `hold` by what `call.fetch` names, up to whole blocks. Never raises for what goes wrong on the way: the
+    hold is then as it was. Cancelled: the transfer has ended when it raises, and the hold is as it was, or longer."""
+    fetch = call.fetch
+    assert fetch is not None
+    start, end = hold.tokens, fetch.tokens - fetch.tokens % store.block_tokens
+    if end <= start or end >= len(call.prompt_token_ids):
+        return NOTHING_FETCHED
+    spec = TransferSpec(
+        transfer_id=uuid.uuid4().hex,
+        request_id=call.request_id,
+        tokens=TokenRange(start, end),
+        prompt_tokens=end + 1,
+        max_output_tokens=0,
+        model_fingerprint=store.model_fingerprint,
+        layout_hash=endpoint.layout.layout_hash,
+    )
+    prefix_hash = store.prefix_hash(call.prompt_token_ids[:end], call.tenant)
+    addresses = [KvAddress(a.host, a.port, a.rank) for a in fetch.kv_addresses]
+    timeout_s = FETCH_TIMEOUT_S if call.timeout_s is None else min(FETCH_TIMEOUT_S, call.timeout_s)
+    ticket, receiver = endpoint.receiver(spec, fetch.node)
+    # It binds the receiver in its first step, before anything can come.
+    taking = asyncio.create_task(store.take_in(hold, receiver))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await endpoint.fetch(ticket, prefix_hash, fetch.node, addresses, timeout_s)
+            await taking
+    except (PrfaasError, TimeoutError) as error:
+        reason = error.reason if isinstance(error, TransferError) else _word(error)
+        _log.warning("fetch failed", node=fetch.node, tokens=end - start, reason=reason, error=str(error))
+        return Fetched(failed=reason)
+    finally:
+        taking.cancel()
+        with suppress(asyncio.CancelledError, PrfaasError, TimeoutError):
+            await taking
+        await receiver.aclose()
+    return Fetched(hold.tokens - start, receiver.report.wire_bytes)
+
+
+def _word(error: Exception) -> str:
+    return "timeout" if isinstance(error, TimeoutError) else "refused"
