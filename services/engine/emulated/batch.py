@@ -9,12 +9,12 @@ from prfaas.services.engine.emulated.device import Device
 
 
 class Batch:
-    """`slots` bounds how many may run or join."""
+    """`slots` bounds how many may run or join. `step_s(batch, mean context tokens)` is what a step takes."""
 
-    def __init__(self, device: Device, step_s: float, max_batch: int) -> None:
+    def __init__(self, device: Device, step_s: Callable[[int, float], float], max_batch: int) -> None:
         self._device = device
         self._step_s = step_s
-        self._members: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._members: dict[asyncio.Future[None], tuple[Callable[[], bool], int]] = {}
         self._loop: asyncio.Task[None] | None = None
         self.slots = asyncio.Semaphore(max_batch)
 
@@ -22,11 +22,11 @@ class Batch:
     def running(self) -> int:
         return len(self._members)
 
-    async def run(self, step: Callable[[], bool]) -> None:
+    async def run(self, step: Callable[[], bool], context_tokens: int) -> None:
         """Join from the next step on. `step()` is called after each; True = this was the last. Cancelling leaves the
-        batch."""
+        batch. context_tokens: that the request holds meanwhile, on the average."""
         ended = asyncio.get_running_loop().create_future()
-        self._members[ended] = step
+        self._members[ended] = step, context_tokens
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._steps())
         try:
@@ -43,8 +43,9 @@ class Batch:
         while self._members:
             async with self._device.turn("decode"):
                 in_step = list(self._members.items())
-                await self._device.work(self._step_s)
-            for ended, step in in_step:
+                mean = sum(context for _, (_, context) in in_step) / len(in_step)
+                await self._device.work(self._step_s(len(in_step), mean))
+            for ended, (step, _) in in_step:
                 if ended in self._members and step():
                     del self._members[ended]
                     if not ended.done():

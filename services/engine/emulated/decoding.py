@@ -19,9 +19,10 @@ from prfaas.services.engine.api import (
     TokenEvent,
 )
 from prfaas.services.engine.emulated.content import KvContent
+from prfaas.services.engine.emulated.keeping import keep
 from prfaas.services.engine.emulated.machine import Machine
 from prfaas.services.engine.emulated.output import OutputTokens
-from prfaas.services.engine.emulated.rows import Rows
+from prfaas.services.engine.emulated.rows import Rows, first_wrong_byte_held
 from prfaas.services.engine.emulated.stream import TaskStream
 from prfaas.transport.api import KvDestination, KvReceiver, TransferSpec
 from prfaas.transport.arena import Region
@@ -36,6 +37,9 @@ class DecodeJob:
         self._context = [*request.prompt_token_ids, *request.output_token_ids]
         machine.check(self._context, self._most_tokens)
         self._position = len(request.output_token_ids)
+        self._hold = request.hold
+        self._held = 0 if request.hold is None else request.hold.tokens
+        self.waits_for_place = False
         self._regions: list[Region] = []
         self._rows: list[Rows | None] = [None] * len(receivers)
         layers = len(machine.info.layout.layers)
@@ -93,15 +97,28 @@ class DecodeJob:
                     await receiver.finished()
             else:
                 await self._layer_arrived(0)
-            async with self._machine.batch.slots:
-                emit(await self._first_step())
-                output = OutputTokens(request.prompt_token_ids, request.sampling.seed)
-                if not self._say(output, emit):
-                    await self._machine.batch.run(lambda: self._say(output, emit))
+            output = OutputTokens(request.prompt_token_ids, request.sampling.seed)
+            self.waits_for_place = True
+            try:
+                async with self._machine.batch.slots:
+                    self.waits_for_place = False
+                    emit(await self._first_step())
+                    if not self._say(output, emit):
+                        context = (len(self._context) + self._most_tokens) // 2
+                        await self._machine.batch.run(lambda: self._say(output, emit), context)
+            finally:
+                await self._keep(output)
         # What is still on its way is FINISH with prefill's timings; closing before it would cancel the transfer.
         for receiver in self._receivers:
             with suppress(TransferError):
                 await receiver.finished()
+
+    async def _keep(self, output: OutputTokens) -> None:
+        """All but the last token's KV is here, of an output that was cut short as well; nothing before it began."""
+        if self._position == len(self._request.output_token_ids):
+            return
+        said = [output.token(i) for i in range(len(self._request.output_token_ids), self._position)]
+        await keep(self._machine, [*self._context, *said][:-1], self._request.tenant)
 
     async def _prefill_here(self) -> None:
         machine = self._machine
@@ -109,7 +126,7 @@ class DecodeJob:
         size = machine.info.layout.total_bytes(TokenRange(0, self._most_tokens))
         self._check_size(size)
         end = len(self._context) - 1
-        self.prefill_remaining = end
+        self.prefill_remaining = end - self._held
 
         async def layer_computed(layer: int, start: int, stop: int) -> None:
             self.prefill_remaining = end - stop
@@ -117,20 +134,21 @@ class DecodeJob:
         self._regions.append(await machine.memory.allocate(size))
         async with machine.prefill_slots:
             started_s = time.monotonic()
-            await machine.compute(0, end, layer_computed)
+            await machine.compute(self._held, end, layer_computed)
         self._local = [queued_s, started_s, time.monotonic()]
 
     async def _first_step(self) -> DecodeTimeline:
         """Beside the batch: the step of the last prompt token, layer by layer, each as soon as it is here."""
         config = self._machine.config
-        tokens = self._receivers[0].spec.tokens if self._receivers else TokenRange(0, 0)
-        content = await self._machine.content(self._context[: tokens.end])
+        known = self._receivers[0].spec.tokens.end if self._receivers else self._held
+        content = await self._machine.content(self._context[:known])
+        step_s = self._machine.emulates.step_s(self._machine.batch.running + 1, len(self._context)) * config.time_scale
         used_s = []
         ready_s = 0.0
         for layer in range(len(self._missing)):
             await self._layer_arrived(layer)
             used_s.append(time.monotonic())
-            ready_s = max(ready_s, used_s[-1]) + config.decode_step_s * config.time_scale / len(self._missing)
+            ready_s = max(ready_s, used_s[-1]) + step_s / len(self._missing)
             await self._check_layer(content, layer)
             await asyncio.sleep(max(0.0, ready_s - time.monotonic()))
         queued_s, started_s, ended_s = self._local or (None, None, None)
@@ -142,6 +160,12 @@ class DecodeJob:
             await self._arrival.wait()
 
     async def _check_layer(self, content: KvContent, layer: int) -> None:
+        machine, hold = self._machine, self._hold
+        if hold is not None and hold.tokens:
+            size = machine.info.layout.layer_bytes(layer, TokenRange(0, hold.tokens))
+            wrong = await machine.run(partial(first_wrong_byte_held, hold, machine.info.layout, content, layer), size)
+            if wrong:
+                raise EngineError(f"the KV that was held is not what prefill computed: {wrong}")
         for receiver, rows in zip(self._receivers, self._rows, strict=True):
             if rows is None:
                 continue
@@ -179,3 +203,5 @@ class DecodeJob:
         self._rows = [None] * len(self._receivers)
         while self._regions:
             self._machine.memory.free(self._regions.pop())
+        if self._hold is not None:
+            self._hold.release()

@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 from prfaas.common.config import EngineConfig
 from prfaas.common.kv_layout import model_fingerprint
+from prfaas.common.perfmodel.profiles import NodeProfile
 from prfaas.services.engine.api import (
     DecodeEvent,
     DecodeRequest,
@@ -23,10 +24,11 @@ from prfaas.services.engine.api import (
     PrefillEvent,
     PrefillRequest,
 )
-from prfaas.services.engine.emulated.content import emulated_layout
 from prfaas.services.engine.emulated.decoding import DecodeJob
 from prfaas.services.engine.emulated.machine import Machine
 from prfaas.services.engine.emulated.prefilling import PrefillJob
+from prfaas.services.engine.emulated.profile import emulation, reported
+from prfaas.services.engine.prefix_store import PrefixStore
 from prfaas.services.engine.tokenizer import BYTES_EOS, BYTES_MAX_TOKENS, BYTES_VOCABULARY
 from prfaas.transport.api import KvReceiver, KvSender
 from prfaas.transport.arena import Arena
@@ -40,7 +42,8 @@ class EmulatedEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        layout = emulated_layout(config.layers, config.kv_heads, config.head_dim, config.state_bytes)
+        self._emulates = emulation(config)
+        layout = self._emulates.layout
         self.info = EngineInfo(
             model=config.served_model or config.model or "emulated",
             model_fingerprint=model_fingerprint([("layout", blake2b(layout.layout_hash.encode()).digest())]),
@@ -50,6 +53,8 @@ class EmulatedEngine:
             eos_token_ids=(BYTES_EOS,),
             arena_bytes=config.arena_bytes,
         )
+        self.profile: NodeProfile = reported(config, self._emulates, self.info.model)
+        """In real seconds and bytes, scales included."""
         self._prefills: set[PrefillJob] = set()
         self._decodes: set[DecodeJob] = set()
 
@@ -58,8 +63,17 @@ class EmulatedEngine:
 
     async def start(self) -> None:
         # Touching a large arena takes seconds.
-        arena = await asyncio.to_thread(Arena, self._config.arena_bytes)
-        self._machine = Machine(self._config, self.info, arena)
+        config = self._config
+        arena = await asyncio.to_thread(Arena, config.arena_bytes)
+        prefixes = None
+        if config.prefix_bytes:
+            model, size = self.info.model_fingerprint, config.prefix_bytes
+            prefixes = await asyncio.to_thread(PrefixStore, self.info.layout, model, size, config.prefix_block_tokens)
+        self._machine = Machine(config, self.info, self._emulates, arena, prefixes)
+
+    @property
+    def prefixes(self) -> PrefixStore | None:
+        return self._machine.prefixes
 
     async def close(self) -> None:
         jobs: list[PrefillJob | DecodeJob] = [*self._prefills, *self._decodes]
@@ -86,4 +100,6 @@ class EmulatedEngine:
             running_requests=len(self._decodes),
             context_tokens=sum(job.context_tokens for job in self._decodes),
             free_kv_bytes=self._machine.memory.free_bytes,
+            decoding_requests=self._machine.batch.running,
+            waiting_requests=sum(job.waits_for_place for job in self._decodes),
         )

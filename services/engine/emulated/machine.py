@@ -13,6 +13,8 @@ from prfaas.services.engine.api import EngineInfo
 from prfaas.services.engine.emulated.batch import Batch
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.device import Device
+from prfaas.services.engine.emulated.profile import Emulation
+from prfaas.services.engine.prefix_store import PrefixStore
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.transport.arena import Arena, Region
 from prfaas.transport.waiting import finish_despite_cancel
@@ -25,11 +27,15 @@ T = TypeVar("T")
 
 
 class Machine:
-    def __init__(self, config: EngineConfig, info: EngineInfo, arena: Arena) -> None:
+    def __init__(
+        self, config: EngineConfig, info: EngineInfo, emulates: Emulation, arena: Arena, prefixes: PrefixStore | None
+    ) -> None:
         self.config = config
         self.info = info
+        self.emulates = emulates
+        self.prefixes = prefixes
         self.device = Device(config.time_scale)
-        self.batch = Batch(self.device, config.decode_step_s, config.max_batch)
+        self.batch = Batch(self.device, emulates.step_s, emulates.max_batch)
         self.memory = Memory(arena)
         self.prefill_slots = asyncio.Semaphore(config.max_prefills)
         # One request more than computes may be open, so that its OPEN's round trip passes while others compute.
@@ -38,21 +44,25 @@ class Machine:
 
     async def close(self) -> None:
         await self.batch.close()
+        if self.prefixes is not None:
+            await self.prefixes.aclose()
         self._thread.shutdown()
 
     async def compute(self, start: int, end: int, layer_computed: Callable[[int, int, int], Awaitable[None]]) -> None:
-        """Prefill tokens [start, end) in steps, taking turns with other prefills and with decode.
+        """Prefill tokens [start, end) in steps, taking turns with other prefills and with decode. All of them take the
+        time of their number and one more, the last prompt token, which is what a profile's lengths count.
 
         `layer_computed(layer, step_start, step_end)` is awaited within the layer's time. Cancellation is between or in
         layers and leaves the device to others.
         """
-        layers = self.config.layers
+        layers = len(self.info.layout.layers)
+        token_s = self.emulates.prefill_s(end - start + 1) / max(1, end - start)
         while start < end:
             async with self.device.turn("prefill"):
                 busy = self.batch.running > 0
                 most = self.config.local_prefill_step_tokens if busy else self.config.prefill_step_tokens
                 stop = min(end, start + most)
-                layer_s = (stop - start) / self.config.prefill_tokens_per_s / layers
+                layer_s = (stop - start) * token_s / layers
                 for layer in range(layers):
                     await self.device.work(layer_s)
                     await layer_computed(layer, start, stop)

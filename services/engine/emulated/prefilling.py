@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from prfaas.common.errors import NoRoomError, OutOfMemoryError
 from prfaas.services.engine.api import PrefillDone, PrefillEvent, PrefillProgress, PrefillRequest
 from prfaas.services.engine.emulated.content import KvContent
+from prfaas.services.engine.emulated.keeping import keep
 from prfaas.services.engine.emulated.machine import Machine
 from prfaas.services.engine.emulated.rows import Rows
 from prfaas.services.engine.emulated.stream import TaskStream
+from prfaas.services.engine.prefix_store import Hold
 from prfaas.transport.api import KvPiece, KvSender
 from prfaas.transport.arena import Region
 
@@ -24,15 +27,21 @@ class PrefillJob:
         self._request = request
         self._senders = senders
         self._tokens = senders[0].spec.tokens
+        self._hold = request.hold
+        self._held = 0 if request.hold is None else request.hold.tokens
         self._regions: list[Region] = []
         self._rows: list[Rows] = []
         self._holds_slot = False
         self._unsent: list[list[KvPiece]] = [[] for _ in senders]
         self._computed_s = [0.0] * len(machine.info.layout.layers)
-        self.remaining_tokens = self._tokens.tokens
+        self.remaining_tokens = self._to_compute
         self.stream: TaskStream[PrefillEvent] = TaskStream(self._run, self._clean_up)
         for sender in senders:
             sender.on_failed(self.stream.fail)
+
+    @property
+    def _to_compute(self) -> int:
+        return self._tokens.end - self._held if self._tokens.tokens else 0
 
     async def _run(self, emit: Callable[[PrefillEvent], None]) -> None:
         queued_s = time.monotonic()
@@ -47,6 +56,7 @@ class PrefillJob:
                 started_s = time.monotonic()
                 await self._compute(content, emit)
             self._leave()
+            await keep(self._machine, ids[: self._tokens.end], self._request.tenant)
             timings: dict[str, float | list[float]] = {
                 "queued_s": queued_s,
                 "started_s": started_s,
@@ -102,17 +112,25 @@ class PrefillJob:
         async def layer_computed(layer: int, start: int, end: int) -> None:
             size = (end - start) * token_bytes + (state_bytes if end == self._tokens.end else 0)
             made = await machine.run(lambda: [rows.write(content, layer, start, end) for rows in self._rows], size)
-            self._computed_s[layer] = time.monotonic()
-            for unsent, pieces in zip(self._unsent, made, strict=True):
-                unsent += pieces
-            if machine.config.send == "layerwise":
-                self._send()
+            self._made(layer, made)
             if layer == len(self._computed_s) - 1:
                 self.remaining_tokens = self._tokens.end - end
-                emit(PrefillProgress(end - self._tokens.start))
+                emit(PrefillProgress(max(0, end - self._tokens.start)))
 
-        await machine.compute(self._tokens.start, self._tokens.end, layer_computed)
+        hold = self._hold
+        if hold is not None and self._held:
+            for layer in range(len(self._computed_s)):
+                size = self._held * token_bytes + state_bytes
+                self._made(layer, await machine.run(partial(_copied, self._rows, hold, layer), size))
+        await machine.compute(self._held, self._tokens.end, layer_computed)
         self._send()
+
+    def _made(self, layer: int, made: list[list[KvPiece]]) -> None:
+        self._computed_s[layer] = time.monotonic()
+        for unsent, pieces in zip(self._unsent, made, strict=True):
+            unsent += pieces
+        if self._machine.config.send == "layerwise":
+            self._send()
 
     def _send(self) -> None:
         for sender, pieces in zip(self._senders, self._unsent, strict=True):
@@ -136,3 +154,9 @@ class PrefillJob:
             await sender.aclose()
         self._unsent.clear()
         self._free()
+        if self._hold is not None:
+            self._hold.release()
+
+
+def _copied(rows: list[Rows], hold: Hold, layer: int) -> list[list[KvPiece]]:
+    return [each.copy(hold, layer) for each in rows]
