@@ -29,7 +29,7 @@ from prfaas.services.engine.api import (
     SamplingParams,
     TokenEvent,
 )
-from prfaas.services.engine.prefix_store import Hold
+from prfaas.services.engine.holds import Hold
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.tokenizer import TextStream, Tokenizer
 from prfaas.services.leases import Lease, Leases

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from prfaas.common.kv_layout import KvLayout
+from prfaas.common.perfmodel.profiles import NodeProfile
+from prfaas.services.engine.holds import Hold, Prefixes
 from prfaas.transport.api import KvReceiver, KvSender, TransferReport
 
 
@@ -59,21 +61,27 @@ class EngineLoad:
     context_tokens: int = 0
     """Tokens held for running decodes."""
     free_kv_bytes: int = 0
+    max_requests: int = 0
+    """An engine with so many takes no more; 0: there is no such bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRequest:
-    """prompt_token_ids: the whole prompt (n tokens). Computed and sent: the range in each sender's spec."""
+    """prompt_token_ids: the whole prompt (n tokens). Sent: the range in each sender's spec. Computed: what `hold` has
+    not, which the engine releases at the end. tenant: who may use the prompt's KV later."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
     timeout_s: float | None = None
+    tenant: str = ""
+    hold: Hold | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
     """output_token_ids: tokens that were delivered already (a continuation): decode goes on behind them.
-    max_output_tokens counts them."""
+    max_output_tokens counts them. hold: what the engine's own pool has of the context; the receivers' range starts
+    where it ends, and the engine releases it at the end. tenant: who may use the KV later."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -81,6 +89,8 @@ class DecodeRequest:
     sampling: SamplingParams
     output_token_ids: Sequence[int] = ()
     timeout_s: float | None = None
+    tenant: str = ""
+    hold: Hold | None = None
 
 
 class FinishReason(enum.StrEnum):
@@ -177,6 +187,17 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """Valid after `start`."""
+        ...
+
+    @property
+    def prefixes(self) -> Prefixes | None:
+        """The pool of prefixes; None: there is none. Valid after `start`."""
+        ...
+
+    @property
+    def profile(self) -> NodeProfile | None:
+        """What routers are told to expect of this node; None: nothing is known. It may become another one while the
+        engine serves. Valid after `start`."""
         ...
 
     @property

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from prfaas.common import log
 from prfaas.common.errors import PrfaasError, TransferError
 from prfaas.common.kv_layout import TokenRange
-from prfaas.services.engine.prefix_store import Hold, PrefixStore
+from prfaas.common.prefixcache.hashes import BlockHasher
+from prfaas.services.engine.holds import Hold, Prefixes
 from prfaas.services.messages import PrefillCall
 from prfaas.transport.api import KvAddress, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
@@ -32,12 +33,14 @@ class Fetched(NamedTuple):
 NOTHING_FETCHED = Fetched()
 
 
-async def fetch_prefix(endpoint: KvEndpoint, store: PrefixStore, hold: Hold, call: PrefillCall) -> Fetched:
+async def fetch_prefix(
+    endpoint: KvEndpoint, store: Prefixes, hold: Hold, call: PrefillCall, hasher: BlockHasher, model_fingerprint: str
+) -> Fetched:
     """Extends `hold` by what `call.fetch` names, up to whole blocks. Never raises for what goes wrong on the way: the
     hold is then as it was. Cancelled: the transfer has ended when it raises, and the hold is as it was, or longer."""
     fetch = call.fetch
     assert fetch is not None
-    start, end = hold.tokens, fetch.tokens - fetch.tokens % store.block_tokens
+    start, end = hold.tokens, fetch.tokens - fetch.tokens % hasher.block_tokens
     if end <= start or end >= len(call.prompt_token_ids):
         return NOTHING_FETCHED
     spec = TransferSpec(
@@ -46,10 +49,10 @@ async def fetch_prefix(endpoint: KvEndpoint, store: PrefixStore, hold: Hold, cal
         tokens=TokenRange(start, end),
         prompt_tokens=end + 1,
         max_output_tokens=0,
-        model_fingerprint=store.model_fingerprint,
+        model_fingerprint=model_fingerprint,
         layout_hash=endpoint.layout.layout_hash,
     )
-    prefix_hash = store.prefix_hash(call.prompt_token_ids[:end], call.tenant)
+    prefix_hash = hasher.keys(call.prompt_token_ids[:end])[-1]
     addresses = [KvAddress(a.host, a.port, a.rank) for a in fetch.kv_addresses]
     timeout_s = FETCH_TIMEOUT_S if call.timeout_s is None else min(FETCH_TIMEOUT_S, call.timeout_s)
     ticket, receiver = endpoint.receiver(spec, fetch.node)

@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 from prfaas.common.config import EngineConfig
 from prfaas.common.kv_layout import model_fingerprint
+from prfaas.common.perfmodel.profiles import NodeProfile
 from prfaas.services.engine.api import (
     DecodeEvent,
     DecodeRequest,
@@ -27,6 +28,8 @@ from prfaas.services.engine.emulated.content import emulated_layout
 from prfaas.services.engine.emulated.decoding import DecodeJob
 from prfaas.services.engine.emulated.machine import Machine
 from prfaas.services.engine.emulated.prefilling import PrefillJob
+from prfaas.services.engine.emulated.profile import profile_of
+from prfaas.services.engine.holds import Prefixes
 from prfaas.services.engine.tokenizer import BYTES_EOS, BYTES_MAX_TOKENS, BYTES_VOCABULARY
 from prfaas.transport.api import KvReceiver, KvSender
 from prfaas.transport.arena import Arena
@@ -50,8 +53,16 @@ class EmulatedEngine:
             eos_token_ids=(BYTES_EOS,),
             arena_bytes=config.arena_bytes,
         )
+        self._profile = profile_of(config, self.info)
         self._prefills: set[PrefillJob] = set()
         self._decodes: set[DecodeJob] = set()
+
+    prefixes: Prefixes | None = None
+
+    @property
+    def profile(self) -> NodeProfile:
+        """Its settings, in real seconds and bytes."""
+        return self._profile
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """It never fails."""
