@@ -184,6 +184,8 @@ class FetchFrom(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_addresses: list[KvAddressMessage]
     tokens: int
     """It holds [0, tokens)."""
+    timeout_s: float | None = None
+    """A fetch that takes longer is given up: computing would have been sooner."""
 
 
 class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -17,7 +17,7 @@ from prfaas.transport.api import KvAddress, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
 
 FETCH_TIMEOUT_S = 10.0
-"""A prefix that takes longer would rather have been computed."""
+"""Where the router says nothing else."""
 
 _log = log.get_logger("prefill")
 
@@ -54,7 +54,9 @@ async def fetch_prefix(
     )
     prefix_hash = hasher.keys(call.prompt_token_ids[:end])[-1]
     addresses = [KvAddress(a.host, a.port, a.rank) for a in fetch.kv_addresses]
-    timeout_s = FETCH_TIMEOUT_S if call.timeout_s is None else min(FETCH_TIMEOUT_S, call.timeout_s)
+    timeout_s = FETCH_TIMEOUT_S if fetch.timeout_s is None else fetch.timeout_s
+    if call.timeout_s is not None:
+        timeout_s = min(timeout_s, call.timeout_s / 2)  # what is left must do for computing it
     ticket, receiver = endpoint.receiver(spec, fetch.node)
     # It binds the receiver in its first step, before anything can come.
     taking = asyncio.create_task(store.take_in(hold, receiver))
