@@ -37,6 +37,8 @@ class LoadMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     free_kv_bytes: int = 0
     max_requests: int = 0
     """A node with so many is full; 0: no such bound."""
+    decoding_requests: int = 0
+    waiting_requests: int = 0
 
 
 class LinkMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -184,6 +186,8 @@ class FetchFrom(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_addresses: list[KvAddressMessage]
     tokens: int
     """It holds [0, tokens)."""
+    timeout_s: float | None = None
+    """A fetch that takes longer is given up: computing would have been sooner."""
 
 
 class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -61,6 +61,8 @@ class EngineLoad:
     context_tokens: int = 0
     """Tokens held for running decodes."""
     free_kv_bytes: int = 0
+    max_requests: int = 0
+    """An engine with so many takes no more; 0: there is no such bound."""
     decoding_requests: int = 0
     """In the batch now …"""
     waiting_requests: int = 0

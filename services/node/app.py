@@ -107,7 +107,15 @@ class Node:
         metrics.running_requests.set_function(lambda: self.engine.load().running_requests)
         metrics.queued_tokens.set_function(lambda: self.engine.load().queued_tokens)
         metrics.free_kv_bytes.set_function(lambda: self.engine.load().free_kv_bytes)
-        self._prefill = PrefillService(self.engine, self.endpoint, self.leases, metrics, config.node, self._signer)
+        self._prefill = PrefillService(
+            self.engine,
+            self.endpoint,
+            self.leases,
+            metrics,
+            config.node,
+            self._signer,
+            config.engine.prefix_block_tokens,
+        )
         self._decode = DecodeService(
             self.engine, self.endpoint, tokenizer, self.leases, metrics, config.node, self._signer, self.router_clock
         )
@@ -227,6 +235,8 @@ class Node:
                 load.context_tokens,
                 load.free_kv_bytes,
                 load.max_requests,
+                load.decoding_requests,
+                load.waiting_requests,
             ),
             # To a router it is the same: nothing new here, what runs ends by itself (a failed engine has ended it all).
             draining=self.draining or self.engine.failure is not None,

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from prfaas.common import log
 from prfaas.common.errors import PrfaasError, TransferError
 from prfaas.common.kv_layout import TokenRange
+from prfaas.common.prefixcache.hashes import BlockHasher
 from prfaas.services.engine.prefix_store import Hold, PrefixStore
 from prfaas.services.messages import PrefillCall
 from prfaas.transport.api import KvAddress, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
 
 FETCH_TIMEOUT_S = 10.0
-"""A prefix that takes longer would rather have been computed."""
+"""Where the router says nothing else."""
 
 _log = log.get_logger("prefill")
 
@@ -32,12 +33,14 @@ class Fetched(NamedTuple):
 NOTHING_FETCHED = Fetched()
 
 
-async def fetch_prefix(endpoint: KvEndpoint, store: PrefixStore, hold: Hold, call: PrefillCall) -> Fetched:
+async def fetch_prefix(
+    endpoint: KvEndpoint, store: PrefixStore, hold: Hold, call: PrefillCall, hasher: BlockHasher, model_fingerprint: str
+) -> Fetched:
     """Extends `hold` by what `call.fetch` names, up to whole blocks. Never raises for what goes wrong on the way: the
     hold is then as it was. Cancelled: the transfer has ended when it raises, and the hold is as it was, or longer."""
     fetch = call.fetch
     assert fetch is not None
-    start, end = hold.tokens, fetch.tokens - fetch.tokens % store.block_tokens
+    start, end = hold.tokens, fetch.tokens - fetch.tokens % hasher.block_tokens
     if end <= start or end >= len(call.prompt_token_ids):
         return NOTHING_FETCHED
     spec = TransferSpec(
@@ -46,12 +49,14 @@ async def fetch_prefix(endpoint: KvEndpoint, store: PrefixStore, hold: Hold, cal
         tokens=TokenRange(start, end),
         prompt_tokens=end + 1,
         max_output_tokens=0,
-        model_fingerprint=store.model_fingerprint,
+        model_fingerprint=model_fingerprint,
         layout_hash=endpoint.layout.layout_hash,
     )
-    prefix_hash = store.prefix_hash(call.prompt_token_ids[:end], call.tenant)
+    prefix_hash = hasher.keys(call.prompt_token_ids[:end])[-1]
     addresses = [KvAddress(a.host, a.port, a.rank) for a in fetch.kv_addresses]
-    timeout_s = FETCH_TIMEOUT_S if call.timeout_s is None else min(FETCH_TIMEOUT_S, call.timeout_s)
+    timeout_s = FETCH_TIMEOUT_S if fetch.timeout_s is None else fetch.timeout_s
+    if call.timeout_s is not None:
+        timeout_s = min(timeout_s, call.timeout_s / 2)  # what is left must do for computing it
     ticket, receiver = endpoint.receiver(spec, fetch.node)
     # It binds the receiver in its first step, before anything can come.
     taking = asyncio.create_task(store.take_in(hold, receiver))

@@ -16,6 +16,7 @@ from prfaas.common import log
 from prfaas.common.config import NodeConfig
 from prfaas.common.errors import EngineError, RequestError
 from prfaas.common.metrics import NodeMetrics
+from prfaas.common.prefixcache.hashes import BlockHasher
 from prfaas.services.engine.api import Engine, EventStream, PrefillDone, PrefillEvent, PrefillRequest
 from prfaas.services.engine.prefix_store import Hold
 from prfaas.services.leases import Leases
@@ -38,6 +39,7 @@ class PrefillService:
     metrics: NodeMetrics
     config: NodeConfig
     signer: Signer
+    prefix_block_tokens: int
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         received_s = time.monotonic()
@@ -136,7 +138,9 @@ class _Prefill:
         store, call, metrics = self.service.engine.prefixes, self.call, self.service.metrics
         assert store is not None
         assert self.hold is not None
-        self.fetched = await fetch_prefix(self.service.endpoint, store, self.hold, call)
+        fingerprint = self.service.engine.info.model_fingerprint
+        hasher = BlockHasher(fingerprint, call.tenant, self.service.prefix_block_tokens)
+        self.fetched = await fetch_prefix(self.service.endpoint, store, self.hold, call, hasher, fingerprint)
         if self.fetched.failed:
             metrics.fetch_failures.labels(self.fetched.failed).inc()
         else:

@@ -25,13 +25,24 @@ from prfaas.common.scheduling.policies import (
     StaticThreshold,
 )
 from prfaas.common.scheduling.routes import RouteSettings
-from prfaas.common.scheduling.types import AdmittingPolicy, ClusterSnapshot, Decision, PinnedRoute, Refused
+from prfaas.common.scheduling.types import (
+    AdmittingPolicy,
+    ClusterSnapshot,
+    Decision,
+    PinnedRoute,
+    PrefixMatches,
+    Refused,
+)
+from prfaas.services.messages import FetchFrom
+from prfaas.services.router.registry import Node
 from prfaas.services.router.share import Share
 
 PIN_REGION_HEADER = "x-prfaas-pin-region"
 PIN_ROUTE_HEADER = "x-prfaas-pin-route"
 DEADLINE_HEADER = "x-prfaas-deadline-s"
 MAX_DEADLINE_S = 86_400.0
+LEAST_FETCH_S = 1.0
+"""Within it a session may have to be dialled first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +153,17 @@ def shares(
     link = pair if decision.wire_bytes else None
     asked = Share(uncached, prefill_s=decision.prefill_s, link=link, wire_bytes=decision.wire_bytes)
     return Share(prompt_tokens, kv_bytes=kv_bytes), asked
+
+
+def fetch_from(
+    decision: Decision, cluster: ClusterSnapshot, holder: Node, prefixes: PrefixMatches | None, prompt_tokens: int
+) -> FetchFrom:
+    """What the prefill node is to fetch first. It gives up when that takes twice as long as computing it would."""
+    assert decision.prefill_node is not None
+    prefill_s = cluster.profiles[cluster.profile.item(decision.prefill_node)].prefill_s
+    own = 0 if prefixes is None else prefixes.on_node(decision.prefill_node)
+    saved_s = prefill_s.at(prompt_tokens - own) - prefill_s.at(prompt_tokens - decision.prefill_start)
+    return FetchFrom(holder.name, holder.kv_addresses, decision.prefill_start, max(LEAST_FETCH_S, 2 * saved_s))
 
 
 def in_words(decision: Decision, prompt_tokens: int) -> str:

@@ -35,7 +35,7 @@ from prfaas.services.messages import (
     TicketEvent,
     to_json,
 )
-from prfaas.services.router.decision import NO_WISHES, Wishes, in_words, refusal, region_index, shares
+from prfaas.services.router.decision import NO_WISHES, Wishes, fetch_from, in_words, refusal, region_index, shares
 from prfaas.services.router.node_stream import Batch, response_body
 from prfaas.services.router.openai import GenerationRequest
 from prfaas.services.router.prefixes import Prefixes
@@ -235,7 +235,8 @@ class Dispatcher:
         now_s = self.now_s()
         cluster = self.registry.snapshot(now_s)
         began_s = time.perf_counter()
-        answer = self.policy(self._request(job, progress, cluster, now_s), cluster)
+        request = self._request(job, progress, cluster, now_s)
+        answer = self.policy(request, cluster)
         self.metrics.decision_seconds.observe(time.perf_counter() - began_s)
         if isinstance(answer, Refused):
             self.metrics.decisions.labels(f"refused_{answer.reason}").inc()
@@ -257,7 +258,7 @@ class Dispatcher:
             attempt.prefill = self.registry.node(answer.prefill_node)
             if answer.fetch_node is not None:
                 holder = self.registry.node(answer.fetch_node)
-                attempt.fetch = FetchFrom(holder.name, holder.kv_addresses, answer.prefill_start)
+                attempt.fetch = fetch_from(answer, cluster, holder, request.prefixes, job.prompt.tokens)
         return attempt
 
     def _request(self, job: Job, progress: Progress, cluster: ClusterSnapshot, now_s: float) -> RequestSnapshot:

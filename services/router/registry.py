@@ -131,6 +131,8 @@ _COLUMNS = (
     "prefill_free_at_s",
     "decode_free_at_s",
     "max_inflight_requests",
+    "decoding_requests",
+    "waiting_requests",
 )
 """Of the snapshot, with an entry a node."""
 
@@ -404,6 +406,8 @@ class Registry:
         node.own_tokens_reported = node.own_tokens
         node.own_kv_bytes_reported = node.own_kv_bytes
         snapshot.max_inflight_requests[row] = load.max_requests or MANY
+        snapshot.decoding_requests[row] = load.decoding_requests
+        snapshot.waiting_requests[row] = load.waiting_requests
         running_for_s = now_s - node.running_since_s if node.own else 0.0
         own = node.own if prefill else []
         wait_s = busy_s(snapshot.profiles[node.profile], load, own, running_for_s)

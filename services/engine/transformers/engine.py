@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import EngineError
+from prfaas.common.perfmodel.profiles import NodeProfile, named
 from prfaas.services.engine.api import (
     DecodeEvent,
     DecodeRequest,
@@ -17,6 +18,7 @@ from prfaas.services.engine.api import (
     PrefillEvent,
     PrefillRequest,
 )
+from prfaas.services.engine.prefix_store import PrefixStore
 from prfaas.services.engine.transformers import loader
 from prfaas.services.engine.transformers.line import PrefillLine
 from prfaas.services.engine.transformers.requests import DecodeLife, Desk, PrefillLife
@@ -31,6 +33,7 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._desk: Desk | None = None
+        self._profile: NodeProfile | None = None
         self._failure: str | None = None
         self._on_failure: Callable[[], None] = lambda: None
         self._lives: set[PrefillLife | DecodeLife] = set()
@@ -38,6 +41,15 @@ class TransformersEngine:
     @property
     def info(self) -> EngineInfo:
         return self._ready().info
+
+    @property
+    def prefixes(self) -> PrefixStore | None:
+        return None
+
+    @property
+    def profile(self) -> NodeProfile | None:
+        """`engine.profile`."""
+        return self._profile
 
     @property
     def failure(self) -> str | None:
@@ -48,6 +60,7 @@ class TransformersEngine:
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
+        self._profile = named(self._config.profile) if self._config.profile else None
         loaded = await loop.run_in_executor(None, loader.load, self._config)
         arena = await loop.run_in_executor(None, Arena, self._config.arena_bytes)
         info = EngineInfo(

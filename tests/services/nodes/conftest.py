@@ -119,6 +119,8 @@ class FakeRouter:
     name: str = "router"
     seen: list[Heartbeat] = field(default_factory=list)
     answering: bool = True
+    wants_profile: bool = False
+    """Of nodes that have one and don't send it."""
     unlisted: set[str] = field(default_factory=set)
     """Nodes that answers don't name, as if their lease here had run out."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -134,7 +136,8 @@ class FakeRouter:
             for b in latest.values()
             if b.role != beat.role and b.node not in self.unlisted
         ]
-        answer = HeartbeatAnswer(self.name, received_s, time.monotonic(), peers)
+        wants_profile = self.wants_profile and bool(beat.profile_id) and not beat.profile
+        answer = HeartbeatAnswer(self.name, received_s, time.monotonic(), peers, wants_profile=wants_profile)
         return web.Response(body=to_json(answer))
 
     async def saw(self, what: Callable[[Heartbeat], bool]) -> Heartbeat:
