@@ -141,7 +141,7 @@ def test_no_threshold_and_split_carries_more_than_the_plan(
     assert again.lambda_max == best.lambda_max
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(systems(), st.floats(1, 1000), st.integers(1, 5))
 def test_more_of_anything_never_lowers_lambda(
     system: tuple[Demand, HomePool, list[OffloadPool], PlannerSettings], times: float, nodes: int
