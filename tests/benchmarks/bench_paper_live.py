@@ -265,7 +265,7 @@ def measure(options: argparse.Namespace) -> Figures:
     made: Figures = {"time_scale": scale.time, "bytes_scale": scale.bytes, "requests": options.requests}
     made["concurrency"] = options.concurrency
     rate = LINK_BITS_PER_S * scale.bytes / scale.time
-    with wan_link(rate_bits_per_s=rate, delay_s=case_paper.RTT_S * scale.time / 2) as link:
+    with wan_link(rate_bits_per_s=rate, rtt_s=case_paper.RTT_S * scale.time) as link:
         link.near.enter()
         for name in options.systems:
             system, figures = all_systems[name], made.setdefault(name, {})
