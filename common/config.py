@@ -153,6 +153,17 @@ class RouterConfig:
         1024, "cap on max_tokens where the client names none", _between(1, 1 << 20)
     )
     request_timeout_s: float = setting(600.0, "longest life of a request", _between(1, 86400))
+    decode_attempts: int = setting(
+        5,
+        "decode nodes that a request may try, those included that it loses in the middle of its output",
+        _between(1, 100),
+    )
+    node_silent_s: float = setting(
+        10.0, "a node that writes nothing for so long is given up; nodes ping every node.ping_s", _between(0.1, 600)
+    )
+    continue_wait_s: float = setting(
+        20.0, "how long a stream that has lost its decode node waits for another one", _between(0, 3600)
+    )
     timelines: int = setting(256, "how many request timelines are kept", _between(0, 1 << 16))
     tokenizer_threads: int = setting(1, "threads for tokenizing and JSON of long prompts", _between(1, 64))
     processes: int = setting(

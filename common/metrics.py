@@ -53,6 +53,12 @@ class RouterMetrics:
             registry=registry,
         )
         self.fetched_tokens = Counter("prfaas_router_fetched_tokens", "Tokens of prefixes fetched", registry=registry)
+        self.continuations = Counter(
+            "prfaas_router_continuations",
+            "Streams that went on elsewhere behind the tokens that the client had, by what was lost",
+            ["reason"],
+            registry=registry,
+        )
         self.fallbacks = Counter(
             "prfaas_router_fallbacks", "Requests that went another way than decided", ["reason"], registry=registry
         )

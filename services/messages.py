@@ -164,8 +164,10 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: str = ""
     """Whose cached prefixes may be used (prefixcache/hashes.py)."""
     output_token_ids: list[int] = []
-    text_offset: int = 0
-    """Characters of the text of output_token_ids that the client has already."""
+    text_offset: int | None = None
+    """Characters of the text of output_token_ids that the client has already; None: all of them, …"""
+    text_ahead: int = 0
+    """… and so many of what follows, whose ids it was not told."""
     timeout_s: float | None = None
 
 

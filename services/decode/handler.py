@@ -148,7 +148,7 @@ class _Decode:
         call, service = self.call, self.service
         try:
             output, format = self._output(), self._format()
-            unseen = output.replay(call.output_token_ids, call.text_offset)
+            unseen = output.replay(call.output_token_ids, call.text_offset, call.text_ahead)
             if call.format.echo and not call.output_token_ids:
                 unseen = await asyncio.to_thread(service.tokenizer.decode, call.prompt_token_ids)
             if output.stopped:

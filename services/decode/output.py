@@ -41,13 +41,17 @@ class OutputText:
     def _may_stop(self) -> bool:
         return self.tokens > self._min_tokens
 
-    def replay(self, token_ids: Sequence[int], text_offset: int) -> str:
-        """Tokens that were delivered already, of whose text the client has `text_offset` characters. Returns text of
-        theirs that the client lacks; when it has more than theirs, the rest is taken off what comes next."""
-        self._skip_chars = text_offset
+    def replay(self, token_ids: Sequence[int], text_offset: int | None, text_ahead: int = 0) -> str:
+        """Tokens that were delivered already, of whose text the client has `text_offset` characters; None: all of it,
+        and the first `text_ahead` characters of what follows. Returns text of theirs that the client lacks; when it has
+        more than theirs, the rest is taken off what comes next."""
+        self._skip_chars = text_offset or 0
         text = "".join(self.push(token_id).text for token_id in token_ids)
         self._ids.clear()
-        return text
+        if text_offset is not None:
+            return text
+        self._skip_chars = text_ahead
+        return ""
 
     def push(self, token_id: int) -> Piece:
         """One token. Without text there are no ids either."""

@@ -394,12 +394,14 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         app[SESSION] = session
         app[DISPATCHER] = Dispatcher(
             router.name,
-            Nodes(session, router.signer, router.tls),
+            Nodes(session, router.signer, router.tls, router.config.node_silent_s),
             router.registry,
             router.policy,
             router.metrics.router,
             app[TIMELINES],
             router.prefixes,
+            router.config.decode_attempts,
+            router.config.continue_wait_s,
         )
         adapting = asyncio.create_task(_adapting(router))
         yield

@@ -36,7 +36,7 @@ from prfaas.services.messages import (
     to_json,
 )
 from prfaas.services.router.decision import NO_WISHES, Wishes, fetch_from, in_words, refusal, region_index, shares
-from prfaas.services.router.node_stream import Batch, response_body
+from prfaas.services.router.node_stream import DONE, Batch, response_body, usage_event
 from prfaas.services.router.openai import GenerationRequest
 from prfaas.services.router.prefixes import Prefixes
 from prfaas.services.router.prompts import Prompt
@@ -62,8 +62,10 @@ DECODE_REGION_HEADER = "x-prfaas-decode-region"
 DECISION_HEADER = "x-prfaas-decision"
 HELD_HEADER = "x-prfaas-held-tokens"
 
-DECODE_ATTEMPTS = 2
-"""Decode nodes that a request may try."""
+ENGINE_FAILURES = 2
+"""Decode engines that may fail in the middle of one request's output."""
+CONTINUE_LOOK_S = 0.25
+"""Between two looks for a decode node that could go on with a stream."""
 LAST_WRITE_S = 1.0
 """For the error event at the end of a stream."""
 RETRY_AFTER_S = 2
@@ -106,6 +108,8 @@ class Attempt:
     prompt_tokens: int = 0
     held_tokens: int = 0
     """Prefix that the decode node had itself; from its ticket on, what it really had."""
+    answered: bool = False
+    """A token has come: all KV had arrived."""
 
 
 @dataclass(slots=True)
@@ -118,7 +122,14 @@ class Progress:
     decode_attempts: int = 0
     prefill_gave_up: bool = False
     response: web.StreamResponse | None = None
-    """Set when the first byte is about to leave: from here on nothing can be repeated."""
+    """Set when the first byte is about to leave: from here on the output can only be continued."""
+    continuations: int = 0
+    engine_failures: int = 0
+    text_ahead: int = 0
+    """Characters that the client has beyond the text of `token_ids`."""
+    finished: bool = False
+    usage: bool = False
+    """The client has the chunk with the finish reason, and the one with the usage."""
     output_tokens: int = 0
     token_ids: list[bytes] = field(default_factory=list)
     """As the node wrote them: decimal numbers with commas between."""
@@ -131,6 +142,11 @@ class Progress:
         self.token_ids = []
         self.timeline = None
         self.instants.ticket_s = None
+
+    @property
+    def delivered_ids(self) -> bytes:
+        """Of the tokens that the client has, with commas between."""
+        return b",".join(self.token_ids) if self.response is not None else b""
 
 
 class Dispatcher:
@@ -145,6 +161,8 @@ class Dispatcher:
         metrics: RouterMetrics,
         timelines: Timelines,
         prefixes: Prefixes,
+        decode_attempts: int = 5,
+        continue_wait_s: float = 20.0,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -154,6 +172,10 @@ class Dispatcher:
         self.metrics = metrics
         self.timelines = timelines
         self.prefixes = prefixes
+        self.decode_attempts = decode_attempts
+        """Decode nodes that a request may try, those included that it has lost in the middle of its output."""
+        self.continue_wait_s = continue_wait_s
+        """For a decode node to go on with a stream that has lost its own."""
         self.now_s = now_s
         self._deadlines: set[asyncio.Timeout] = set()
         self._closing = False
@@ -212,8 +234,9 @@ class Dispatcher:
 
     async def _until_done(self, http: web.Request, job: Job, progress: Progress) -> web.StreamResponse:
         """Attempt after attempt; which failure allows another one is decided in `_may_repeat`."""
+        lost: NodeCallError | None = None
         while True:
-            attempt = progress.attempt = self._decide(job, progress)
+            attempt = progress.attempt = await self._next_attempt(job, progress, lost)
             if progress.instants.decided_s is None:
                 progress.instants.decided_s = self.now_s()
             try:
@@ -221,13 +244,52 @@ class Dispatcher:
             except NodeCallError as error:
                 if isinstance(error, NodeUnreachableError):
                     self.registry.unreachable(error.node, self.now_s())
-                if progress.response is not None or not self._may_repeat(attempt, progress, error):
+                if progress.finished and progress.response is not None:
+                    return await self._close_finished(job, progress, progress.response, error)
+                if not self._may_repeat(attempt, progress, error):
                     raise
-                fallback = f"{error.node.role}_{error.reason}"
-                progress.fallbacks.append(fallback)
-                progress.start_over()
-                self.metrics.fallbacks.labels(fallback).inc()
-                logger.warning("fallback", reason=fallback, node=error.node.name, error=str(error))
+                self._note_fallback(progress, error)
+                lost = error
+
+    async def _next_attempt(self, job: Job, progress: Progress, lost: NodeCallError | None) -> Attempt:
+        """As `_decide`. A stream that has lost its node waits a little for one that is back or has room, and then ends
+        with what was lost."""
+        until_s = self.now_s() + self.continue_wait_s
+        while True:
+            try:
+                return self._decide(job, progress)
+            except UnavailableError:
+                if progress.response is None or lost is None:
+                    raise
+                if self.now_s() >= until_s:
+                    raise lost from None
+                await asyncio.sleep(CONTINUE_LOOK_S)
+
+    def _note_fallback(self, progress: Progress, error: NodeCallError) -> None:
+        """Another attempt follows: unseen by the client, or behind the tokens that it has."""
+        fallback = f"{error.node.role}_{error.reason}"
+        if progress.response is None:
+            progress.start_over()
+            self.metrics.fallbacks.labels(fallback).inc()
+        else:
+            self.metrics.continuations.labels(fallback).inc()
+            fallback = f"continued_{fallback}"
+            progress.continuations += 1
+        progress.fallbacks.append(fallback)
+        logger.warning(
+            "fallback", reason=fallback, node=error.node.name, error=str(error), delivered=progress.output_tokens
+        )
+
+    async def _close_finished(
+        self, job: Job, progress: Progress, response: web.StreamResponse, error: NodeCallError
+    ) -> web.StreamResponse:
+        """The node was lost between the last chunk of text and the end of its stream: nothing is missing but that."""
+        logger.warning("ended_for_node", node=error.node.name, error=str(error))
+        last = b""
+        if job.format.include_usage and not progress.usage:
+            last = usage_event(job.format, job.prompt.tokens, progress.output_tokens)
+        await response.write_eof(last + DONE)
+        return response
 
     def _decide(self, job: Job, progress: Progress) -> Attempt:
         """Raises UnavailableError when no node can serve it (TooLateError: not in time), RequestError when it is pinned
@@ -249,9 +311,9 @@ class Dispatcher:
             )
             raise refusal(answer)
         decode = self.registry.node(answer.decode_node)
-        mine, theirs = shares(answer, cluster, job.prompt.tokens, job.max_output_tokens)
+        mine, theirs = shares(answer, cluster, request.prompt_tokens, request.max_output_tokens)
         attempt = Attempt(answer.reason, decode, None, answer, mine, theirs)
-        attempt.prompt_tokens, attempt.held_tokens = job.prompt.tokens, answer.token_start
+        attempt.prompt_tokens, attempt.held_tokens = request.prompt_tokens, answer.token_start
         if progress.prefill_gave_up:
             attempt.reason = "prefill_failed"
         elif answer.prefill_node is not None:
@@ -266,11 +328,13 @@ class Dispatcher:
         wishes = job.wishes
         waited_s = now_s - job.arrived_s
         prefixes = self.prefixes.matches(job.keys, cluster)
-        tokens = job.prompt.tokens
+        # Delivered output is part of what must be prefilled now.
+        delivered = progress.output_tokens if progress.response is not None else 0
+        tokens = job.prompt.tokens + delivered
         return RequestSnapshot(
             job.request_id,
             tokens,
-            job.max_output_tokens,
+            max(1, job.max_output_tokens - delivered),
             tokens,
             None if wishes.deadline_s is None else wishes.deadline_s - waited_s,
             region_index(wishes, cluster),
@@ -292,7 +356,12 @@ class Dispatcher:
         if isinstance(error, NodeUnreachableError | NodeRefusedError):
             # A node that refuses now (draining) would be asked again: it is no better than one that is gone.
             self.registry.unreachable(error.node, self.now_s())
-            return progress.decode_attempts < DECODE_ATTEMPTS
+            return progress.decode_attempts < self.decode_attempts
+        # Its engine failed: because of this request, perhaps, so that it isn't given to all others as well.
+        progress.engine_failures += 1
+        if progress.response is not None:
+            self.registry.unreachable(error.node, self.now_s())
+            return progress.engine_failures < ENGINE_FAILURES
         if attempt.prefill is not None and not progress.prefill_gave_up:
             progress.prefill_gave_up = True
             return True
@@ -303,9 +372,9 @@ class Dispatcher:
     async def _attempt(self, http: web.Request, job: Job, progress: Progress, attempt: Attempt) -> web.StreamResponse:
         """Raises NodeCallError of either node, ProtocolError. Both calls are closed when it ends."""
         self.metrics.decisions.labels(attempt.reason).inc()
-        body = self._decode_body(job, attempt)
+        body = self._decode_body(job, attempt, progress)
         prefill: asyncio.Task[PrefillResult] | None = None
-        tokens = job.prompt.tokens
+        tokens = attempt.prompt_tokens
         with self.registry.dispatched(attempt.decode, tokens, attempt.decode_share), ExitStack() as prefilling:
             if attempt.prefill is not None:
                 prefilling.enter_context(self.registry.dispatched(attempt.prefill, tokens, attempt.prefill_share))
@@ -332,7 +401,7 @@ class Dispatcher:
         prefill_call = PrefillCall(
             job.request_id,
             self.name,
-            job.prompt.json,  # type: ignore[arg-type]  # already JSON, written out as it is
+            _context_json(job, progress),  # type: ignore[arg-type]  # already JSON, written out as it is
             attempt.decode.name,
             ticket.ticket,
             ticket.kv_addresses,
@@ -349,7 +418,7 @@ class Dispatcher:
                 self.registry.reached(prefill)
                 self._prefilled(attempt, task.result())
             # After the first token all KV has arrived: what happens to the call then changes nothing.
-            if not task.cancelled() and (error := task.exception()) is not None and not progress.output_tokens:
+            if not task.cancelled() and (error := task.exception()) is not None and not attempt.answered:
                 call.fail(error if isinstance(error, Exception) else RuntimeError("prefill was interrupted"))
 
         task = asyncio.create_task(self.nodes.prefill(attempt.prefill, prefill_call))
@@ -370,9 +439,9 @@ class Dispatcher:
     ) -> web.StreamResponse:
         """Every event as it comes; those that come together in one write, the last ones with the end of the body."""
         held = b""
-        response: web.StreamResponse | None = None
+        response = progress.response
         while batch is not None:
-            self._note(progress, batch)
+            self._note(progress, attempt, batch)
             if batch.output_tokens:
                 progress.instants.token_came(self.now_s())
             if batch.relay:
@@ -396,7 +465,7 @@ class Dispatcher:
         """The one `data:` line as the JSON body."""
         relay: list[bytes] = []
         while batch is not None:
-            self._note(progress, batch)
+            self._note(progress, attempt, batch)
             relay.append(batch.relay)
             batch = await call.read()
         if not any(relay):
@@ -404,14 +473,21 @@ class Dispatcher:
         headers = _headers(job.request_id, attempt) | {"content-type": "application/json"}
         return web.Response(body=response_body(b"".join(relay)), headers=headers)
 
-    def _note(self, progress: Progress, batch: Batch) -> None:
+    def _note(self, progress: Progress, attempt: Attempt, batch: Batch) -> None:
         if batch.output_tokens:
+            attempt.answered = True
             progress.output_tokens += batch.output_tokens
             progress.token_ids.append(batch.token_ids)
+            progress.text_ahead = batch.text_ahead
+        elif batch.text_ahead:
+            progress.text_ahead += batch.text_ahead
+        if batch.finished or batch.usage:
+            progress.finished, progress.usage = True, batch.usage or progress.usage
         if batch.timeline is not None:
             progress.timeline = batch.timeline
 
-    def _decode_body(self, job: Job, attempt: Attempt) -> bytes:
+    def _decode_body(self, job: Job, attempt: Attempt, progress: Progress) -> bytes:
+        delivered = progress.delivered_ids
         return msgspec.json.encode(
             DecodeCall(
                 job.request_id,
@@ -424,6 +500,8 @@ class Dispatcher:
                 prefill_node=attempt.prefill.name if attempt.prefill is not None else "",
                 timeout_s=max(0.0, job.deadline_s - self.now_s()),
                 tenant=job.tenant,
+                output_token_ids=msgspec.Raw(b"[%b]" % delivered),  # type: ignore[arg-type]
+                text_ahead=progress.text_ahead if delivered else 0,
             )
         )
 
@@ -460,6 +538,14 @@ class Dispatcher:
                 progress.output_tokens,
             )
             self.timelines.add(Record(facts, instants, progress.timeline, b",".join(progress.token_ids)))
+
+
+def _context_json(job: Job, progress: Progress) -> msgspec.Raw:
+    """The prompt's ids, and behind them those of the tokens that the client has."""
+    delivered = progress.delivered_ids
+    if not delivered:
+        return job.prompt.json
+    return msgspec.Raw(b"%b,%b]" % (bytes(job.prompt.json).rstrip()[:-1], delivered))
 
 
 async def _read_ticket(call: NodeCall) -> tuple[TicketEvent, Batch]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 from prfaas.common.errors import ProtocolError
+from prfaas.services.messages import FormatMessage
 
 MAX_EVENT_BYTES = 64 << 20
 """A whole response that is not streamed is one event: 1M tokens of text and their ids fit."""
@@ -21,6 +23,9 @@ MAX_EVENT_BYTES = 64 << 20
 DONE = b"data: [DONE]\n\n"
 """Ends OpenAI's streams."""
 
+_GOES_ON = b'"finish_reason":null'
+"""In every chunk but the last ones. Within a text its quotes would be escaped."""
+_NO_CHOICES = b'"choices":[]'
 _IDS = b": ids "
 _TIMELINE = b": timeline "
 _DATA = b"data: "
@@ -41,6 +46,12 @@ class Batch:
     """Named events: (name, data)."""
     done: bool = False
     """The last event in `relay` is DONE."""
+    finished: bool = False
+    """The chunk with the finish reason is in `relay`."""
+    usage: bool = False
+    """And the chunk with the usage, which has no choices."""
+    text_ahead: int = 0
+    """Characters of text in `relay` behind the last ids: their ids were not told yet."""
 
 
 class NodeStream:
@@ -71,27 +82,68 @@ def _one_output(data: bytes) -> Batch | None:
     if not event.startswith(_DATA):
         return None
     ids = ids[len(_IDS) :]
-    return Batch(event, ids.count(b",") + 1, ids, None, (), event == DONE)
+    return Batch(event, ids.count(b",") + 1, ids, None, (), event == DONE, _GOES_ON not in event)
 
 
 def _sort(blocks: list[bytes]) -> Batch:
     batch, relay, token_ids, events = Batch(), [], [], []
     for block in blocks:
+        told = False
         while block.startswith(b":"):
             comment, _, block = block.partition(b"\n")
             if comment.startswith(_IDS):
                 token_ids.append(comment[len(_IDS) :])
                 batch.output_tokens += comment.count(b",") + 1
+                told = True
             elif comment.startswith(_TIMELINE):
                 batch.timeline = comment[len(_TIMELINE) :]
         if block.startswith(_DATA):
             relay.append(block + b"\n\n")
+            batch.text_ahead = 0 if told else batch.text_ahead + _text_chars(block)
+            if _NO_CHOICES in block:
+                batch.usage = True
+            elif _GOES_ON not in block and relay[-1] != DONE:
+                batch.finished = True
         elif block.startswith(_EVENT):
             name, _, data = block[len(_EVENT) :].partition(b"\n")
             events.append((name.decode("ascii", "replace"), data.removeprefix(_DATA)))
     batch.relay, batch.token_ids, batch.events = b"".join(relay), b",".join(token_ids), events
     batch.done = bool(relay) and relay[-1] == DONE
     return batch
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    delta: _Delta | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+
+
+def _text_chars(block: bytes) -> int:
+    """Of a `data:` line without ids, which is rare: half a character, or what may begin a stop string, was held."""
+    try:
+        choices = msgspec.json.decode(block.removeprefix(_DATA), type=_Chunk).choices
+    except msgspec.DecodeError:  # [DONE], or a whole response
+        return 0
+    return sum(len(choice.text) + len((choice.delta and choice.delta.content) or "") for choice in choices)
+
+
+def usage_event(format: FormatMessage, prompt_tokens: int, completion_tokens: int) -> bytes:
+    """The chunk that a decode node would have sent behind the last text."""
+    kind = "chat.completion.chunk" if format.kind == "chat" else "text_completion"
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    head = {"id": format.id, "object": kind, "created": format.created, "model": format.model}
+    return b"data: " + msgspec.json.encode(head | {"choices": [], "usage": usage}) + b"\n\n"
 
 
 def response_body(relay: bytes) -> bytes:

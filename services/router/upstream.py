@@ -22,7 +22,8 @@ from prfaas.transport.tls import Tls
 from yarl import URL
 
 SILENT_S = 10.0
-"""Nodes write a ping comment every 2 s: one that is silent for so long is dead."""
+"""Nodes write a ping comment every 2 s: one that is silent for so long is dead, if `router.node_silent_s` says nothing
+else."""
 LOOK_S = 1.0
 """From one look for silent nodes to the next: a timer for each read would cost a twelfth of a relayed token."""
 SLOWEST_UPLOAD_BYTES_S = 1 << 20
@@ -125,10 +126,10 @@ class NodeCall:
         self._failure = error
         self._content.set_exception(error)
 
-    def fail_if_silent(self, now_s: float) -> None:
+    def fail_if_silent(self, now_s: float, silent_s: float) -> None:
         """While nobody reads, because the client is slow, the node is not to blame."""
-        if self._waits_since_s is not None and now_s - self._waits_since_s > SILENT_S:
-            self.fail(NodeUnreachableError(self.node, f"nothing came from it for {SILENT_S:g} s"))
+        if self._waits_since_s is not None and now_s - self._waits_since_s > silent_s:
+            self.fail(NodeUnreachableError(self.node, f"nothing came from it for {silent_s:g} s"))
 
     def close(self) -> None:
         """Gives the connection back if the answer was read to its end, else closes it: the cancel."""
@@ -139,7 +140,10 @@ class NodeCall:
 class Nodes:
     """The shell that calls nodes."""
 
-    def __init__(self, session: aiohttp.ClientSession, signer: Signer, tls: Tls | None = None) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, signer: Signer, tls: Tls | None = None, silent_s: float = SILENT_S
+    ) -> None:
+        self._silent_s = silent_s
         self._session = session
         self._signer = signer
         self._tls = tls
@@ -151,7 +155,7 @@ class Nodes:
     async def call(self, node: Node, path: str, body: bytes, request_id: str) -> NodeCall:
         """Raises NodeUnreachableError, NodeRefusedError."""
         try:
-            async with asyncio.timeout(SILENT_S + len(body) / SLOWEST_UPLOAD_BYTES_S):
+            async with asyncio.timeout(self._silent_s + len(body) / SLOWEST_UPLOAD_BYTES_S):
                 response = await signed_post(
                     self._session,
                     self._url(node, path),
@@ -177,7 +181,7 @@ class Nodes:
         self._next_look = None
         now_s = time.monotonic()
         for call in self._unclosed:
-            call.fail_if_silent(now_s)
+            call.fail_if_silent(now_s, self._silent_s)
         if self._unclosed:
             self._look_later()
 

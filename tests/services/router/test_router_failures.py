@@ -101,8 +101,9 @@ async def test_a_mistake_that_the_node_finds_reaches_the_client_as_it_is(cluster
     assert len(node.calls) == 1
 
 
-async def test_a_stream_that_breaks_after_a_token_ends_in_an_error_event(cluster: Any, scripts: Any) -> None:
-    """No [DONE], no second attempt; the OpenAI client raises."""
+async def test_a_stream_that_nobody_can_continue_ends_in_an_error_event(make_cluster: Any, scripts: Any) -> None:
+    """No [DONE]; the OpenAI client raises."""
+    cluster = await make_cluster(continue_wait_s=0.1)
 
     async def decode(node: Any, call: Any, out: Any) -> None:
         await scripts.ticket(call, out)
@@ -121,8 +122,9 @@ async def test_a_stream_that_breaks_after_a_token_ends_in_an_error_event(cluster
     assert len(node.calls) == 1
 
 
-async def test_a_node_that_just_ends_its_stream_is_an_error_too(cluster: Any, scripts: Any) -> None:
+async def test_a_node_that_just_ends_its_stream_is_an_error_too(make_cluster: Any, scripts: Any) -> None:
     """A stream without [DONE] is incomplete, however cleanly it was closed."""
+    cluster = await make_cluster(continue_wait_s=0.1)
 
     async def decode(node: Any, call: Any, out: Any) -> None:
         await scripts.ticket(call, out)
@@ -149,16 +151,19 @@ async def test_the_end_of_the_decode_stream_stops_prefill(cluster: Any, scripts:
     await scripts.within(prefill.cancelled)
 
 
+SILENT_S = 0.2
+
+
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+async def impatient(make_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A router that gives a silent node less time."""
-    monkeypatch.setattr(upstream, "SILENT_S", 0.2)
     monkeypatch.setattr(upstream, "LOOK_S", 0.05)
+    return await make_cluster(node_silent_s=SILENT_S, continue_wait_s=0.1)
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_silent_node_is_dead(cluster: Any, scripts: Any) -> None:
+async def test_a_silent_node_is_dead(impatient: Any, scripts: Any) -> None:
     """Nothing for longer than the limit, not even a ping: the client gets 503, not a hang, and the node is let go."""
+    cluster = impatient
 
     async def decode(node: Any, call: Any, out: Any) -> None:
         await scripts.ticket(call, out)
@@ -170,9 +175,9 @@ async def test_a_silent_node_is_dead(cluster: Any, scripts: Any) -> None:
     await scripts.within(node.cancelled)
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_node_that_does_not_begin_to_answer_is_dead(cluster: Any, scripts: Any) -> None:
+async def test_a_node_that_does_not_begin_to_answer_is_dead(impatient: Any, scripts: Any) -> None:
     """A stopped process's kernel still accepts: the call goes to another node."""
+    cluster = impatient
     accepted: list[asyncio.StreamWriter] = []
     server = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
     try:
@@ -188,9 +193,9 @@ async def test_a_node_that_does_not_begin_to_answer_is_dead(cluster: Any, script
         server.close()
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_slow_client_is_not_taken_for_a_silent_node(cluster: Any, scripts: Any) -> None:
+async def test_a_slow_client_is_not_taken_for_a_silent_node(impatient: Any, scripts: Any) -> None:
     """While the router waits for the client to take what it has, it doesn't read: the node is not to blame."""
+    cluster = impatient
     filler = "x" * 4_000_000
 
     async def decode(node: Any, call: Any, out: Any) -> None:
@@ -201,7 +206,7 @@ async def test_a_slow_client_is_not_taken_for_a_silent_node(cluster: Any, script
 
     await cluster.add("d1", decode=decode)
     async with cluster.session.post(cluster.url + PATH, json=CHAT | {"stream": True}) as response:
-        await asyncio.sleep(4 * upstream.SILENT_S)  # reading nothing for so long is what is tried here
+        await asyncio.sleep(4 * SILENT_S)  # reading nothing for so long is what is tried here
         body = await response.read()
     assert body.count(filler.encode()) == 8
     assert body.endswith(b"data: [DONE]\n\n")
