@@ -6,9 +6,10 @@
 Twelve emulated nodes and a router as processes of their own: home on one host of an emulated WAN, the prefill region on
 the other. So that two cores can carry it, time runs slower and KV is smaller, the link in proportion to both; the
 output has 128 tokens and a decode step takes 200 ms instead of 1,024 and 25, which is the same throughput of decode.
-The simulator gets the same profiles, policies and requests at full speed; what is printed of the live run is divided by
-the time scale. Throughput is that of a closed loop, over the requests that end between a fifth and four fifths of all,
-of both alike; latencies are of an open loop at a share of what the simulator says each system carries.
+The simulator gets the same, the slower times and the smaller bytes included, since the policies' own times (how long
+a queue is long) are not scaled; what is printed of both is divided by the time scale. Throughput is that of a closed
+loop, over the requests that end between a fifth and four fifths of all; latencies are of an open loop at a share of
+what the simulator says each system carries.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prfaas.common.perfmodel.curves import Surface
+from prfaas.common.perfmodel.curves import Curve, Surface
+from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.common.perfmodel.profiles import NodeProfile, save
 from prfaas.loadgen.client.endpoint import Endpoint
 from prfaas.loadgen.client.live import run_live
@@ -72,6 +74,31 @@ def short_output(system: System) -> System:
     """The same system with 128 tokens of output at 200 ms a step."""
     groups = [replace(group, profile=_slow_steps(group.profile)) for group in system.cluster.groups]
     return System(Cluster(groups, system.cluster.links), system.policy)
+
+
+def scaled(system: System, scale: Scale) -> System:
+    """As the live cluster is, for the simulator."""
+    groups = [replace(group, profile=_scaled(group.profile, scale)) for group in system.cluster.groups]
+    links = {
+        pair: LinkProfile(link.bandwidth_bytes_per_s * scale.bytes / scale.time, link.rtt_s * scale.time)
+        for pair, link in system.cluster.links.items()
+    }
+    return System(Cluster(groups, links), system.policy)
+
+
+def _scaled(profile: NodeProfile, scale: Scale) -> NodeProfile:
+    def curve(given: Curve, factor: float) -> Curve:
+        return replace(given, values=tuple(value * factor for value in given.values))
+
+    steps = profile.decode_step_s
+    return replace(
+        profile,
+        prefill_s=curve(profile.prefill_s, scale.time),
+        kv_bytes=curve(profile.kv_bytes, scale.bytes),
+        decode_step_s=None
+        if steps is None
+        else replace(steps, values=tuple(tuple(value * scale.time for value in row) for row in steps.values)),
+    )
 
 
 def _slow_steps(profile: NodeProfile) -> NodeProfile:
@@ -170,6 +197,8 @@ class Services:
             *("--engine", "emulated", "--profile", str(path), "--engine-prefix-bytes", "0"),
             *("--time-scale", f"{self._scale.time:g}", "--bytes-scale", f"{self._scale.bytes:g}"),
             *("--engine-arena-bytes", str(ARENA_BYTES), "--engine-max-prefills", "1"),
+            # A saturated cluster whose time runs slower keeps requests in its queues for minutes.
+            *("--transport-ticket-s", "3600"),
         )
 
     def _spawn(self, name: str, address: str, *command: str) -> None:
@@ -238,9 +267,13 @@ def live_latencies(records: Records, scale: Scale) -> Figures:
 PARTS = ("router_s", "queue_s", "prefill_s", "exposed_s", "first_step_s")
 
 
+def simulated_throughput(system: System, load: Load, concurrency: int, scale: Scale) -> float:
+    return saturated_throughput(case_paper.run(scaled(system, scale), load, concurrency)) * scale.time
+
+
 def saturated(running: Services, system: System, options: argparse.Namespace, scale: Scale) -> Figures:
     load = requests(options.seed, options.requests, 1.0)
-    expected = saturated_throughput(case_paper.run(system, load, options.concurrency))
+    expected = simulated_throughput(system, load, options.concurrency, scale)
     given = workload(load, scale, options.concurrency, options.seed)
     got = live_throughput(run_client(running, given, options.timeout_s), scale)
     return {"simulated": round(expected, 4), "live": round(got, 4), "live_by_simulated": round(got / expected, 4)}
@@ -248,8 +281,10 @@ def saturated(running: Services, system: System, options: argparse.Namespace, sc
 
 def open_loop(running: Services, system: System, rate: float, options: argparse.Namespace, scale: Scale) -> Figures:
     load = requests(options.seed + 1, options.requests, rate)
-    outcome: Outcome = case_paper.run(system, load)
-    expected = latencies(outcome)
+    slow = Load(load.arrival_s * scale.time, load.prompt_tokens, load.output_tokens)
+    outcome: Outcome = case_paper.run(scaled(system, scale), slow)
+    shares = ("share_offloaded", "share_good", "share_refused")
+    expected = {key: value if key in shares else value / scale.time for key, value in latencies(outcome).items()}
     got = live_latencies(run_client(running, workload(load, scale, None, options.seed + 1), options.timeout_s), scale)
     return {
         "rate_per_s": round(rate, 4),
@@ -270,7 +305,7 @@ def measure(options: argparse.Namespace) -> Figures:
         for name in options.systems:
             system, figures = all_systems[name], made.setdefault(name, {})
             load = requests(options.seed, options.requests, 1.0)
-            own = saturated_throughput(case_paper.run(system, load, options.concurrency))
+            own = simulated_throughput(system, load, options.concurrency, scale)
             with services(link, name, system, scale) as running:
                 if "saturated" not in options.skip:
                     figures["saturated"] = saturated(running, system, options, scale)

@@ -1,0 +1,153 @@
+"""Nodes die, hang and are cut off under running streams, real processes: every stream ends as if nothing had been."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+
+import pytest
+from prfaas.services.engine.emulated.output import OutputTokens
+
+from tests.e2e.conftest import free_ports
+
+HERE = "127.0.0.1"
+ENGINE = ["--engine", "emulated", "--engine-decode-step-s", "0.02", "--engine-prefill-tokens-per-s", "20000"]
+ENGINE += ["--engine-arena-bytes", "128M", "--engine-prefix-bytes", "16M", "--node-heartbeat-s", "0.25"]
+ROUTER = ["--model", "bytes", "--router-node-silent-s", "2.5", "--router-decode-attempts", "20"]
+ROUTER += ["--router-continue-wait-s", "40", "--router-timelines", "1000"]
+STREAMS, AT_ONCE, TOKENS = 200, 40, 48
+PREFILLS, DECODES = ("p1", "p2"), ("d1", "d2", "d3")
+CUT = {"d3": "wan-d3", "p2": "wan-p2"}
+"""Nodes that are reached through a WAN process of their own, which can be taken away."""
+
+
+async def start(cluster):
+    """A router, two prefill nodes, three decode nodes; one of each behind a line that can be cut."""
+    names = [*PREFILLS, *DECODES]
+    ports = dict(zip(["router", *names], free_ports(1 + len(names)), strict=True))
+    kv = dict(zip(names, free_ports(len(names)), strict=True))
+    lines = dict(zip(CUT, zip(free_ports(len(CUT)), free_ports(len(CUT)), strict=True), strict=True))
+    cluster.router_url = f"http://{HERE}:{ports['router']}"
+    router = ["prfaas.services", "router", "--bind", f"{HERE}:{ports['router']}", *cluster._secret, *ROUTER]
+    cluster._add("router", router, cluster.router_url)
+    for name, (http, lanes) in lines.items():
+        wan = ["prfaas.services.wan", "--rate-mbit", "2000", "--delay-ms", "1"]
+        wan += ["--forward", f"{HERE}:{http}={HERE}:{ports[name]}", "--forward", f"{HERE}:{lanes}={HERE}:{kv[name]}"]
+        cluster._add(CUT[name], wan, "")
+    for name in names:
+        role = "prefill" if name in PREFILLS else "decode"
+        node = ["prfaas.services", role, "--name", name, "--region", "away" if role == "prefill" else "home"]
+        node += ["--bind", f"{HERE}:{ports[name]}", "--kv-bind", f"{HERE}:{kv[name]}", "--routers", cluster.router_url]
+        if name in lines:
+            http, lanes = lines[name]
+            node += ["--advertise", f"http://{HERE}:{http}", "--kv-advertise", f"{HERE}:{lanes}"]
+        cluster._add(name, [*node, *cluster._secret, *ENGINE], f"http://{HERE}:{ports[name]}")
+    await cluster.wait_for(lambda m: usable(m, "prefill") == len(PREFILLS) and usable(m, "decode") == len(DECODES))
+
+
+def usable(metrics, role):
+    return metrics.get("prfaas_router_nodes", {}).get(f'role="{role}",state="usable"', 0)
+
+
+class Streams:
+    """The clients. `tokens`: delivered so far, of all of them."""
+
+    def __init__(self, cluster, rng):
+        self.cluster, self.rng = cluster, rng
+        self.chunks = 0
+        self.news = asyncio.Event()
+        self.gate = asyncio.Semaphore(AT_ONCE)
+        self.request_ids = []
+
+    async def one(self, prompt):
+        """The text of one stream, and how it ended."""
+        body = {"model": "emulated", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+        text, ends, finish = "", 0, []
+        async with self.gate:
+            post = self.cluster.session.post(self.cluster.router_url + "/v1/completions", json=body)
+            async with post as response:
+                assert response.status == 200, await response.text()
+                self.request_ids.append(response.headers["x-request-id"])
+                async for line in response.content:
+                    if line == b"data: [DONE]\n":
+                        ends += 1
+                    elif line.startswith(b"data: "):
+                        chunk = json.loads(line[6:])
+                        assert "error" not in chunk, f"{chunk}\n{self.cluster.logs()}"
+                        text += chunk["choices"][0]["text"]
+                        finish += [chunk["choices"][0]["finish_reason"]] * bool(chunk["choices"][0]["finish_reason"])
+                        self.chunks += 1
+                        self.news.set()
+        return text, ends, finish
+
+    async def until(self, chunks):
+        """Until so many chunks have come."""
+        while self.chunks < chunks:
+            self.news.clear()
+            await self.news.wait()
+
+
+async def disturb(cluster, streams, rng):
+    """One trouble after the other, at random points of what has been delivered; never the last decode node."""
+    total = STREAMS * TOKENS
+    points = sorted(rng.randrange(total // 20, total * 3 // 4) for _ in range(12))
+    troubles = ["kill", "stop", "cut"] * 4
+    rng.shuffle(troubles)
+    done = []
+    for point, trouble in zip(points, troubles, strict=True):
+        await streams.until(point)
+        name = rng.choice([*CUT] if trouble == "cut" else [*PREFILLS, *DECODES])
+        process = cluster.processes[CUT[name] if trouble == "cut" else name]
+        if trouble == "stop":
+            process.signal(signal.SIGSTOP)
+            reason = "prefill_unreachable" if name in PREFILLS else "decode_unreachable"
+            # It goes on when the router has given it up, or when nothing of it was wanted for so long.
+            await asyncio.wait([asyncio.create_task(given_up(cluster, reason))], timeout=4)
+            process.signal(signal.SIGCONT)
+        else:
+            process.kill()
+            process.start()
+        done.append((trouble, name))
+    return done
+
+
+async def given_up(cluster, reason):
+    def count(metrics):
+        return sum(
+            metrics.get(f"prfaas_router_{kind}_total", {}).get(f'reason="{reason}"', 0)
+            for kind in ("fallbacks", "continuations")
+        )
+
+    before = count(await cluster.metrics())
+    await cluster.wait_for(lambda m: count(m) > before)
+
+
+@pytest.mark.timeout(240)
+async def test_every_stream_ends_as_if_nothing_had_been(cluster):
+    """SIGKILL, SIGSTOP and cut lines for prefill and decode nodes at random points of 200 streams: each ends with the
+    ids of an undisturbed run, none lost, none repeated, one [DONE]; and every continuation is counted by reason."""
+    rng = random.Random(4)
+    await start(cluster)
+    streams = Streams(cluster, rng)
+    prompts = [[rng.randrange(32, 127) for _ in range(rng.randrange(50, 1500))] for _ in range(STREAMS)]
+    running = [asyncio.create_task(streams.one(prompt)) for prompt in prompts]
+    troubles = await disturb(cluster, streams, rng)
+    results = await asyncio.gather(*running)
+    assert {trouble for trouble, _ in troubles} == {"kill", "stop", "cut"}
+    for prompt, (text, ends, finish) in zip(prompts, results, strict=True):
+        output = OutputTokens(prompt, None)
+        assert text == bytes(output.token(i) for i in range(TOKENS)).decode()
+        assert (ends, finish) == (1, ["length"])
+    told: dict[str, int] = {}
+    for request_id in streams.request_ids:
+        async with cluster.session.get(f"{cluster.router_url}/requests/{request_id}/timeline") as response:
+            timeline = await response.json()
+        assert len(timeline["output_token_ids"]) == TOKENS
+        for fallback in timeline["fallbacks"]:
+            if fallback.startswith("continued_"):
+                told[fallback.removeprefix("continued_")] = told.get(fallback.removeprefix("continued_"), 0) + 1
+    counted = (await cluster.metrics()).get("prfaas_router_continuations_total", {})
+    assert told == {labels.split('"')[1]: count for labels, count in counted.items() if count}
+    assert sum(told.values()) > 0, f"no stream was continued: {troubles}"
