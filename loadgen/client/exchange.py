@@ -88,7 +88,7 @@ class Exchange:
             self._failed(record, "timeout", f"no complete answer within {self._timeout_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
             word = _connection_word(error, begun=bool(answer.times_s))
-            self._failed(record, word, " ".join(str(error).split()) or type(error).__name__)
+            self._failed(record, word, said_of(error))
         return answer.text
 
     async def _ask(self, body: bytes, record: RequestRecord, answer: Answer) -> None:
@@ -150,6 +150,15 @@ def _note(record: RequestRecord, answer: Answer) -> None:
         record.second_token_s = times_s[1] if len(times_s) > 1 else None
         some_s = times_s[: MAX_ITLS_A_REQUEST + 1]
         record.itl_s = [later - earlier for earlier, later in pairwise(some_s)]
+
+
+def said_of(error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        # The rest of it is OpenSSL's source files and line numbers.
+        refused = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+        return f"the server's certificate is refused: {refused}".rstrip(".")
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _connection_word(error: Exception, *, begun: bool) -> str:

@@ -86,6 +86,19 @@ def test_a_mistake_is_one_line_with_a_mend(flags: list[str], told: str, capsys: 
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("text", "told"), [(None, "can't be read: No such file"), ("no PEM", "holds no certificates")])
+def test_a_file_without_certificates_is_a_mistake_in_the_flags(
+    text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ca.pem"
+    if text is not None:
+        file.write_text(text)
+    assert main(["run", "--cacert", str(file), "--no-progress"]) == 2
+    said = capsys.readouterr().err
+    assert f"--cacert {file} {told}" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_all_mistakes_of_a_run_are_told_together(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
