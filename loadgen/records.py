@@ -61,12 +61,15 @@ class RequestRecord(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=Tr
     turn: int = 0
     reason: str = ""
     """Why it was routed as it was; PrfaaS' x-prfaas-reason."""
+    decision: str = ""
+    """What that was decided by, in the router's words; PrfaaS' x-prfaas-decision."""
     fallbacks: list[str] = []
     """What went wrong on the way without the client noticing."""
     offloaded: bool | None = None
     """Prefilled in another region than the one that decodes."""
     region: str = ""
     """That prefilled it, where it is known."""
+    decode_region: str = ""
     prefill_node: str = ""
     decode_node: str = ""
     cached_tokens: int = UNKNOWN
@@ -102,7 +105,7 @@ FLOAT_COLUMNS = (
 )
 BYTES_COLUMNS = ("kv_raw_bytes", "kv_wire_bytes", "fetched_wire_bytes")
 INTEGER_COLUMNS = ("index", "turn", "prompt_tokens", "output_tokens", "cached_tokens", *BYTES_COLUMNS)
-WORD_COLUMNS = ("status", "error", "reason", "fallbacks", "region", "prefill_node", "decode_node")
+WORD_COLUMNS = ("status", "error", "reason", "fallbacks", "region", "decode_region", "prefill_node", "decode_node")
 OFFLOADED_CODES: Mapping[bool | None, int] = {None: -1, False: 0, True: 1}
 FALLBACK_SEPARATOR = "+"
 
@@ -178,6 +181,7 @@ class Records:
     fallbacks: Words
     """Of one request joined with FALLBACK_SEPARATOR."""
     region: Words
+    decode_region: Words
     prefill_node: Words
     decode_node: Words
     itl_s: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
@@ -185,6 +189,8 @@ class Records:
     itl_stride: int = 1
     request_ids: Sequence[str] = ()
     """Empty, or one a row."""
+    decisions: Sequence[str] = ()
+    """Likewise: no two need be the same."""
 
     @classmethod
     def of(cls, scheduled_s: Floats, **columns: Any) -> Self:
@@ -248,7 +254,8 @@ class Records:
         columns["fallbacks"] = [joined.split(FALLBACK_SEPARATOR) if joined else [] for joined in columns["fallbacks"]]
         columns["offloaded"] = [None if code < 0 else bool(code) for code in self.offloaded[start:end].tolist()]
         columns["itl_s"] = [self.itls(row).tolist() for row in range(start, end)]
-        columns["request_id"] = list(self.request_ids[start:end]) or [""] * (end - start)
+        for name, texts in (("request_id", self.request_ids), ("decision", self.decisions)):
+            columns[name] = list(texts[start:end]) or [""] * (end - start)
         names = tuple(columns)
         for row in zip(*columns.values(), strict=True):
             yield RequestRecord(**dict(zip(names, row, strict=True)))
@@ -277,8 +284,9 @@ class Records:
             offsets = np.concatenate(([0], np.cumsum(counts)))
             source = np.repeat(self.itl_offsets[:-1][order] - offsets[:-1], counts) + np.arange(offsets[-1])
             made["itl_s"], made["itl_offsets"] = self.itl_s[source], offsets
-        if self.request_ids:
-            made["request_ids"] = [self.request_ids[i] for i in order.tolist()]
+        for name in ("request_ids", "decisions"):
+            if texts := made[name]:
+                made[name] = [texts[i] for i in order.tolist()]
         return Records(**made)
 
 
@@ -293,6 +301,7 @@ class RecordsBuilder:
         }
         self._offloaded = array("b")
         self._request_ids: list[str] = []
+        self._decisions: list[str] = []
         self._max_itls = max_itls
         self._itls = array("f")
         self._itl_offsets = array("q", [0])
@@ -318,6 +327,7 @@ class RecordsBuilder:
             codes.append(_code(seen, FALLBACK_SEPARATOR.join(word) if name == "fallbacks" else word))
         self._offloaded.append(OFFLOADED_CODES[record.offloaded])
         self._request_ids.append(record.request_id)
+        self._decisions.append(record.decision)
         self._add_itls(record.itl_s)
 
     def records(self) -> Records:
@@ -333,6 +343,7 @@ class RecordsBuilder:
             itl_offsets=np.array(self._itl_offsets, np.int64),
             itl_stride=self._itl_stride,
             request_ids=list(self._request_ids) if any(self._request_ids) else (),
+            decisions=list(self._decisions) if any(self._decisions) else (),
         )
 
     def _add_itls(self, gaps_s: Sequence[float]) -> None:

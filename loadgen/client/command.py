@@ -7,7 +7,7 @@ import asyncio
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,23 @@ DEFAULT_TIMEOUT_S = 600.0
 MAX_TIMEOUT_S = 7 * 86_400.0
 MAX_WARMUPS = 100_000.0
 KEY_VARIABLE = "OPENAI_API_KEY"
-ENDPOINTS = {"completions": "completions", "chat": "chat", "openai": "completions", "openai-chat": "chat"}
+ENDPOINTS = {
+    "completions": "completions",
+    "chat": "chat",
+    "openai": "completions",
+    "openai-chat": "chat",
+    "vllm": "completions",
+}
+SAME_FLAG = {
+    "--base-url": "--url",
+    "--model-names": "--model",
+    "--backend": "--endpoint-type",
+    "--request-timeout-seconds": "--request-timeout",
+    "--warmup-request-count": "--num-warmups",
+    "--num-warmup-requests": "--num-warmups",
+    "--disable-tqdm": "--no-progress",
+}
+"""Names that `vllm bench serve` or aiperf have for a flag: taken, not listed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) -> None:
@@ -48,31 +64,44 @@ def add_arguments(parser: argparse.ArgumentParser, *, show_all: bool = False) ->
 
     group = parser.add_argument_group("where")
     group.add_argument("--url", metavar="URL", default=DEFAULT_URL, help=f"the server [{DEFAULT_URL}]")
-    group.add_argument("--base-url", dest="url", metavar="URL", default=DEFAULT_URL, help=argparse.SUPPRESS)
     group.add_argument("--model", metavar="NAME", default="", help="[the first that the server lists]")
     group.add_argument("--endpoint-type", metavar="NAME", default="completions", help="completions, chat [completions]")
-    group.add_argument("--backend", dest="endpoint_type", metavar="NAME", default="completions", help=argparse.SUPPRESS)
     group.add_argument(
         "--request-timeout", metavar="S", default=str(DEFAULT_TIMEOUT_S), help=rare("for a whole answer [600]")
     )
     group.add_argument("--api-key-file", metavar="FILE", help=rare(f"a key for the server [{KEY_VARIABLE}]"))
     group.add_argument(
-        "--header", metavar="NAME:VALUE", action="append", default=[], help=rare("goes with each request")
+        "--header",
+        metavar="NAME:VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help=rare("go with each request; or NAME=VALUE"),
     )
     group.add_argument("--cacert", metavar="FILE", help=rare("certificates that the server's is checked by"))
-    for name in ("--num-warmups", "--warmup-request-count"):
-        words = "requests before the run, which count for nothing [0]" if name == "--num-warmups" else None
-        group.add_argument(
-            name, dest="num_warmups", metavar="N", default="0", help=rare(words) if words else argparse.SUPPRESS
-        )
+    words = "requests before the run, which count for nothing [0]"
+    group.add_argument("--num-warmups", metavar="N", default="0", help=rare(words))
     group.add_argument("--ignore-eos", action="store_true", help="each answer has all its output tokens (vLLM, PrfaaS)")
     group.add_argument("--temperature", metavar="X", default="0", help=rare("or none: leave it out [0]"))
     group.add_argument("--extra-body", metavar="JSON", help=rare("fields that every request has besides"))
+    group.add_argument("--extra-inputs", metavar="NAME:VALUE", nargs="+", action="extend", help=argparse.SUPPRESS)
     group.add_argument("--no-timelines", action="store_true", help=rare("don't ask a PrfaaS router what it knows"))
     group.add_argument("--no-progress", action="store_true", help=rare("no live line"))
+    _add_other_names(group)
     add_workload_arguments(parser, show_all=show_all)
     add_prompt_arguments(parser)
     add_output_arguments(parser)
+
+
+def _add_other_names(group: argparse._ArgumentGroup) -> None:
+    for name, ours in SAME_FLAG.items():
+        dest = ours.removeprefix("--").replace("-", "_")
+        if ours == "--no-progress":
+            group.add_argument(name, dest=dest, action="store_true", help=argparse.SUPPRESS)
+        else:
+            group.add_argument(name, dest=dest, metavar="X", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    # aiperf streams only when it is told to; answers are always streamed here.
+    group.add_argument("--streaming", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -161,7 +190,7 @@ def _read(args: argparse.Namespace) -> _Given:
     if timeout_s == 0:
         problems.append("--request-timeout 0: it is above 0")
     headers = made(_headers, args)
-    extra = made(_extra_body, args.extra_body)
+    extra = (made(_extra_inputs, args.extra_inputs or []) or {}) | (made(_extra_body, args.extra_body) or {})
     objective = made(objective_from, args)
     workload = made(workload_from, args)
     prompts = made(prompts_from, args, workload.content_seed if workload is not None else 0)
@@ -187,10 +216,10 @@ def _number(flag: str, text: str, most: float) -> float:
 def _headers(args: argparse.Namespace) -> dict[str, str]:
     headers = {}
     for given in args.header:
-        name, colon, value = given.partition(":")
-        if not colon or not name.strip() or not (name + value).isprintable():
-            raise ConfigError(["--header: it is like 'x-team: blue'"])
-        headers[name.strip()] = value.strip()
+        name, value = _named(given)
+        if not name or not (name + value).isprintable():
+            raise ConfigError(["--header: it is like 'x-team: blue' or x-team=blue"])
+        headers[name] = value
     key = os.environ.get(KEY_VARIABLE, "")
     if args.api_key_file is not None:
         try:
@@ -202,13 +231,40 @@ def _headers(args: argparse.Namespace) -> dict[str, str]:
     return ({"authorization": f"Bearer {key}"} if key else {}) | headers
 
 
+def _named(text: str) -> tuple[str, str]:
+    """NAME:VALUE as aiperf has it, or NAME=VALUE as vLLM has it; "" as the name where it is neither."""
+    ends = [place for sign in ":=" if (place := text.find(sign)) >= 0]
+    if not ends:
+        return "", text
+    return text[: min(ends)].strip(), text[min(ends) + 1 :].strip()
+
+
 def _extra_body(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
+    return {} if text is None else _json_object("--extra-body", text)
+
+
+def _extra_inputs(words: Sequence[str]) -> dict[str, Any]:
+    """aiperf's way to say the same: NAME:VALUE or a JSON object each."""
+    fields: dict[str, Any] = {}
+    for word in words:
+        if word.lstrip().startswith("{"):
+            fields |= _json_object("--extra-inputs", word)
+            continue
+        name, colon, value = word.partition(":")
+        if not colon or not name:
+            raise ConfigError([f"--extra-inputs {word[:100]}: it is like top_p:0.9, or a JSON object"])
+        try:
+            fields[name] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            fields[name] = value
+    return fields
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise ConfigError([f"--extra-body is no JSON object: {error}"]) from None
+        raise ConfigError([f"{flag} is no JSON object: {error}"]) from None
 
 
 def _notes(workload: Workload, endpoint: Endpoint, live: LiveRun) -> list[str]:

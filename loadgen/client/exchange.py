@@ -20,7 +20,9 @@ KEEPALIVE_S = 4.0
 """An idle connection is used again so long; servers of this kind close theirs after 5 s or later, and a request that
 meets the close would fail by the client's fault."""
 REQUEST_ID, REASON = "x-request-id", "x-prfaas-reason"
+DECISION = "x-prfaas-decision"
 PREFILL_NODE, DECODE_NODE = "x-prfaas-prefill", "x-prfaas-decode"
+PREFILL_REGION, DECODE_REGION = "x-prfaas-prefill-region", "x-prfaas-decode-region"
 HEADERS = {
     "content-type": "application/json",
     "accept": "text/event-stream",
@@ -86,7 +88,7 @@ class Exchange:
             self._failed(record, "timeout", f"no complete answer within {self._timeout_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
             word = _connection_word(error, begun=bool(answer.times_s))
-            self._failed(record, word, " ".join(str(error).split()) or type(error).__name__)
+            self._failed(record, word, said_of(error))
         return answer.text
 
     async def _ask(self, body: bytes, record: RequestRecord, answer: Answer) -> None:
@@ -96,10 +98,7 @@ class Exchange:
         async with self._session.post(
             self._endpoint.path, data=data, headers=headers, allow_redirects=False
         ) as response:
-            record.request_id = response.headers.get(REQUEST_ID, "")[:MAX_HEADER_CHARS]
-            record.reason = response.headers.get(REASON, "")[:MAX_HEADER_CHARS]
-            record.prefill_node = response.headers.get(PREFILL_NODE, "")[:MAX_HEADER_CHARS]
-            record.decode_node = response.headers.get(DECODE_NODE, "")[:MAX_HEADER_CHARS]
+            _note_route(record, response.headers)
             if response.status != 200:
                 said = error_text(await response.content.read(MAX_ERROR_BODY_BYTES))
                 raise BadStreamError(f"http_{response.status}", said or response.reason or "")
@@ -122,6 +121,23 @@ class Exchange:
         self.errors.setdefault(word, text)
 
 
+def _note_route(record: RequestRecord, headers: Mapping[str, str]) -> None:
+    """What a PrfaaS router says of the way that a request took; other servers say at most its id."""
+
+    def said(name: str) -> str:
+        return headers.get(name, "")[:MAX_HEADER_CHARS]
+
+    record.request_id, record.reason, record.decision = said(REQUEST_ID), said(REASON), said(DECISION)
+    record.prefill_node, record.decode_node = said(PREFILL_NODE), said(DECODE_NODE)
+    record.decode_region = said(DECODE_REGION)
+    if record.decode_region and not record.prefill_node:
+        # Without a prefill node the decode node computes the prompt itself.
+        record.region, record.offloaded = record.decode_region, False
+    elif prefill_region := said(PREFILL_REGION):
+        record.region = prefill_region
+        record.offloaded = prefill_region != record.decode_region if record.decode_region else None
+
+
 def _note(record: RequestRecord, answer: Answer) -> None:
     """What of the answer has come."""
     times_s = answer.times_s
@@ -134,6 +150,15 @@ def _note(record: RequestRecord, answer: Answer) -> None:
         record.second_token_s = times_s[1] if len(times_s) > 1 else None
         some_s = times_s[: MAX_ITLS_A_REQUEST + 1]
         record.itl_s = [later - earlier for earlier, later in pairwise(some_s)]
+
+
+def said_of(error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        # The rest of it is OpenSSL's source files and line numbers.
+        refused = getattr(error.certificate_error, "verify_message", "") or error.certificate_error
+        return f"the server's certificate is refused: {refused}".rstrip(".")
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _connection_word(error: Exception, *, begun: bool) -> str:

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import resource
 import signal
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import aiohttp
 import msgspec
-from prfaas.common.errors import SetupError
+from prfaas.common.errors import ConfigError, SetupError
 from prfaas.loadgen.client.bodies import Bodies
 from prfaas.loadgen.client.endpoint import Endpoint
-from prfaas.loadgen.client.exchange import MAX_ERROR_BODY_BYTES, Exchange, open_session
+from prfaas.loadgen.client.exchange import MAX_ERROR_BODY_BYTES, Exchange, open_session, said_of
 from prfaas.loadgen.client.progress import Progress, show
 from prfaas.loadgen.client.runner import Clock, Runner
 from prfaas.loadgen.client.stream import error_text
@@ -52,7 +53,8 @@ async def run_live(
     timelines: bool = True,
     quiet: bool = False,
 ) -> LiveRun:
-    """Send the workload. SIGINT ends it early. Raises SetupError when `endpoint.model` is "" and the server names none.
+    """Send the workload. SIGINT ends it early. Raises ConfigError when `ca_file` holds no certificates, SetupError when
+    `endpoint.model` is "" and the server names none.
 
     `warmups`: so many requests of the workload are sent before, one by one, with other prompts of the same lengths.
     `timelines`: ask a PrfaaS router for what it knows of each request. `quiet`: no live line.
@@ -60,8 +62,10 @@ async def run_live(
     raise_file_limit()
     try:
         session = open_session(ca_file)
+    except ssl.SSLError:
+        raise ConfigError([f"--cacert {ca_file} holds no certificates (PEM)"]) from None
     except OSError as error:
-        raise SetupError(f"--cacert {ca_file}: {error.strerror or error}") from None
+        raise ConfigError([f"--cacert {ca_file} can't be read: {error.strerror or error}"]) from None
     async with session:
         if not endpoint.model:
             endpoint = replace(endpoint, model=await first_model(session, endpoint))
@@ -126,8 +130,11 @@ async def first_model(session: aiohttp.ClientSession, endpoint: Endpoint) -> str
         raise SetupError(f"{url} answers with something that is no list of models; {mend}") from None
     except TimeoutError:
         raise SetupError(f"{url} doesn't answer within {MODELS_TIMEOUT_S:g} s; {mend}") from None
+    except aiohttp.ClientConnectorCertificateError as error:
+        mend = "name the file of its CA by --cacert, or call it by a name that the certificate has"
+        raise SetupError(f"{url}: {said_of(error)}; {mend}") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise SetupError(f"{url} can't be reached: {' '.join(str(error).split())}; {mend}") from None
+        raise SetupError(f"{url} can't be reached: {said_of(error)}; {mend}") from None
     if not models:
         raise SetupError(f"{url} lists no model yet; {mend}")
     return models[0].id

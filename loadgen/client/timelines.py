@@ -52,7 +52,11 @@ def note(record: RequestRecord, timeline: Timeline) -> None:
     record.reason = timeline.decision
     record.fallbacks = timeline.fallbacks
     record.prefill_node, record.decode_node = timeline.prefill_node or "", timeline.decode_node
-    record.offloaded = timeline.prefill_node is not None and not timeline.local_prefill
+    if timeline.prefill_node is None or timeline.local_prefill:
+        record.region, record.offloaded = record.decode_region, False
+    elif not (record.region and record.decode_region):
+        # A router that names no regions is one whose prefill nodes are all elsewhere.
+        record.offloaded = True
     record.kv_raw_bytes, record.kv_wire_bytes = timeline.kv_raw_bytes, timeline.kv_wire_bytes
     # Without a measured clock the nodes' instants are left out, and the parts would all be 0.
     if timeline.ttft_parts is not None and timeline.clock_error_s is not None:

@@ -53,21 +53,22 @@ def _plan(made: dict[str, Any]) -> Iterator[str]:
         f"{'Θ':16}prefill region {plan['theta_prfaas']:.3f}, prefill at home {plan['theta_pd_p']:.3f},"
         f" decode {plan['theta_pd_d']:.3f} requests/s"
     )
-    yield f"{'balance':16}{_balance(plan)}"
+    for name, said in zip(("balance", ""), _balance(plan), strict=False):
+        yield f"{name:16}{said}"
     sends = "" if plan["kv_gbps_per_node"] is None else f"; a busy prefill node sends {plan['kv_gbps_per_node']:.2f}"
     yield f"{'egress':16}{plan['egress_gbps']:.2f} Gbps, {plan['link_utilisation']:.1%} of the link{sends}"
 
 
-def _balance(plan: dict[str, Any]) -> str:
-    """Equations 7 and 8: how far from level the two kinds of prefill are, and all prefill and decode; requests/s."""
+def _balance(plan: dict[str, Any]) -> list[str]:
+    """Equations 7 and 8: how far from level the two kinds of prefill are, and all prefill and decode."""
     roles = plan["role_imbalance"]
     more, less = ("prefill", "decode") if roles > 0 else ("decode", "prefill")
-    said = f"{more} {abs(roles):.3f} more than {less} (equation 8)"
+    said = f"{more} could carry {abs(roles):.3f} requests/s more than {less} (equation 8)"
     between = plan["threshold_imbalance"]
     if between is None:
-        return said
+        return [said]
     larger, smaller = ("the prefill region", "prefill at home")[:: 1 if between > 0 else -1]
-    return f"{larger} could carry {abs(between):.3f} requests/s more than {smaller} (equation 7), {said}"
+    return [f"{larger} could carry {abs(between):.3f} requests/s more than {smaller} (equation 7)", said]
 
 
 def _cost(cost: dict[str, Any]) -> Iterator[str]:

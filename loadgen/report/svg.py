@@ -7,16 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 WIDTH, HEIGHT = 720, 340
 WIDE = 1440
 """Of bars, which have a row of the page to themselves."""
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 56, 46
 COLOURS = ("#2f7ed8", "#d9622b", "#2e9e55", "#9560c9", "#c0429b", "#8a7a1f", "#1c9aa8", "#7d7d7d")
-LEGEND_CHAR_PX, LEGEND_GAP_PX = 6.6, 28
-AXIS_NAME_PX = 170
-"""Left of a legend, for the name of the y axis."""
+CHAR_PX = 7.2
+"""Of 12-px text, as wide as sans-serif fonts have it on average in words with wide letters."""
+LEGEND_GAP_PX, LEGEND_LINE_PX = 28, 18
+EDGE = 1.02
+"""So much further than its greatest value a linear x axis goes: what ends there is not drawn on the frame."""
 ROW_PX = 9
 FEW_DOTS = 400
 
@@ -69,7 +71,9 @@ class Plot:
                 HEIGHT - TOP - BOTTOM
             )
 
-        parts = [*_frame(self.title, WIDTH, HEIGHT, self.x_name), text(LEFT, TOP - 8, self.y_name)]
+        names = [(s.name, s.colour or COLOURS[i % len(COLOURS)]) for i, s in enumerate(self.series)]
+        legend = Legend.of(names if len(names) > 1 else [], WIDTH, self.y_name)
+        parts = [*_frame(self.title, WIDTH, HEIGHT, self.x_name, legend), text(LEFT, TOP - 8, self.y_name)]
         for y in ticks(y_high):
             height = place(x_low, y)[1]
             parts += [rule(LEFT, height, WIDTH - RIGHT, height), text(LEFT - 6, height + 4, short(y), "end")]
@@ -86,14 +90,13 @@ class Plot:
                 parts += _dots(points, colour) if series.look == "dots" else [_line(points, colour, series.look)]
         if self.mark is not None and x_low <= self.mark[0] <= x_high:
             parts += _mark(place(self.mark[0], 0)[0], self.mark[1])
-        names = [(s.name, s.colour or COLOURS[i % len(COLOURS)]) for i, s in enumerate(self.series)]
-        return "\n".join([*parts, *(legend(names, WIDTH) if len(names) > 1 else []), "</svg>"])
+        return "\n".join([*parts, "</svg>"])
 
     def _x_range(self) -> tuple[float, float]:
         xs = [x for series in self.series for x in series.x if math.isfinite(x) and (x > 0 or not self.log_x)]
         low, high = (min(xs), max(xs)) if xs else (0.1, 1.0)
         if not self.log_x:
-            return 0.0, high if high > 0 else 1.0
+            return 0.0, EDGE * high if high > 0 else 1.0
         return (low, high) if high > 1.01 * low else (low / 2, high * 2)
 
 
@@ -117,7 +120,7 @@ class Bars:
         def across(x: float) -> float:
             return LEFT + (x - self.x_low) / span * (WIDE - LEFT - RIGHT)
 
-        parts = _frame(self.title, WIDE, height, self.x_name)
+        parts = _frame(self.title, WIDE, height, self.x_name, Legend.of(self.kinds, WIDE))
         for tick in _ticks_between(self.x_low, self.x_high):
             x = across(tick)
             parts += [rule(x, TOP, x, height - BOTTOM), text(x, height - BOTTOM + 16, short(tick), "middle")]
@@ -130,7 +133,55 @@ class Bars:
                         f'<rect x="{across(start):.1f}" y="{top}" width="{wide:.1f}" height="{ROW_PX - 2}"'
                         f' fill="{self.kinds[kind][1]}"/>'
                     )
-        return "\n".join([*parts, *legend(self.kinds, WIDE), "</svg>"])
+        return "\n".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """(name, colour) of each kind of line, in `lines`: one above the plot, or some below it."""
+
+    lines: Sequence[Sequence[tuple[str, str]]]
+    above: bool
+
+    @classmethod
+    def of(cls, names: Sequence[tuple[str, str]], width: int, y_name: str = "") -> Self:
+        """Above where there is room for all beside the axis' name. A name that is longer than a line is cut."""
+        room = width - LEFT - RIGHT
+        taken = len(y_name) * CHAR_PX + LEGEND_GAP_PX if y_name else 0.0
+        if sum(_legend_px(name) for name, _ in names) <= room - taken:
+            return cls([names], above=True)
+        most = int((room - LEGEND_GAP_PX) / CHAR_PX)
+        lines: list[list[tuple[str, str]]] = [[]]
+        left = float(room)
+        for name, colour in names:
+            shown = name if len(name) <= most else name[: most - 1] + "…"
+            if lines[-1] and _legend_px(shown) > left:
+                lines.append([])
+                left = float(room)
+            lines[-1].append((shown, colour))
+            left -= _legend_px(shown)
+        return cls(lines, above=False)
+
+    @property
+    def below_px(self) -> int:
+        """What it adds to the plot's height."""
+        return 0 if self.above else LEGEND_LINE_PX * len(self.lines)
+
+    def svg(self, width: int, height: int) -> list[str]:
+        """For a plot of this size without it."""
+        made = []
+        for i, line in enumerate(self.lines):
+            y = TOP - 8 if self.above else height + LEGEND_LINE_PX * i + 6
+            x = width - RIGHT - sum(_legend_px(name) for name, _ in line) + 10 if self.above else float(LEFT)
+            for name, colour in line:
+                made.append(f'<rect x="{x:.1f}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+                made.append(text(x + 14, y, name))
+                x += _legend_px(name)
+        return made
+
+
+def _legend_px(name: str) -> float:
+    return len(name) * CHAR_PX + LEGEND_GAP_PX
 
 
 def ticks(high: float) -> list[float]:
@@ -174,27 +225,13 @@ def rule(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="currentColor" opacity="0.15"/>'
 
 
-def legend(names: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """(name, colour) in a line above the plot, right-aligned; names are cut where all together are too long."""
-    room = (width - LEFT - RIGHT - AXIS_NAME_PX) / max(len(names), 1)
-    most = max(int((room - LEGEND_GAP_PX) / LEGEND_CHAR_PX), 3)
-    shown = [(name if len(name) <= most else name[: most - 1] + "…", colour) for name, colour in names]
-    widths = [len(name) * LEGEND_CHAR_PX + LEGEND_GAP_PX for name, _ in shown]
-    x = width - RIGHT - sum(widths) + 10
-    made = []
-    for (name, colour), wide in zip(shown, widths, strict=True):
-        made.append(f'<rect x="{x:.1f}" y="{TOP - 17}" width="10" height="10" fill="{colour}"/>')
-        made.append(text(x + 14, TOP - 8, name))
-        x += wide
-    return made
-
-
-def _frame(title: str, width: int, height: int, x_name: str) -> list[str]:
+def _frame(title: str, width: int, height: int, x_name: str, legend: Legend) -> list[str]:
     return [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}"'
+        f'<svg viewBox="0 0 {width} {height + legend.below_px}" role="img" aria-label="{escape(title)}"'
         ' xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" fill="currentColor">',
         f'<text x="{LEFT}" y="18" font-size="14" font-weight="bold">{escape(title)}</text>',
         text((LEFT + width - RIGHT) / 2, height - 10, x_name, "middle"),
+        *legend.svg(width, height),
     ]
 
 
@@ -214,7 +251,8 @@ def _mark(x: float, words: str) -> list[str]:
     return [
         f'<line x1="{x:.1f}" y1="{TOP:.1f}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM:.1f}" stroke="currentColor"'
         ' stroke-dasharray="5 4"/>',
-        text(x + (-5 if near_end else 5), TOP + 12, words, "end" if near_end else "start"),
+        # Low, where no curve is that is worth a mark.
+        text(x + (-5 if near_end else 5), HEIGHT - BOTTOM - 8, words, "end" if near_end else "start"),
     ]
 
 

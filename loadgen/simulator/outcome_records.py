@@ -22,8 +22,9 @@ def records(outcome: Outcome, node_names: Sequence[str] = (), region_names: Sequ
         known["decode_node"] = Words(np.where(served, outcome.decode_node, len(names)).astype(np.int32), (*names, ""))
     if region_names:
         of_node = np.array([*(region_names.index(_region(name, region_names)) for name in names), len(region_names)])
-        rows = np.where(served, outcome.prefill_node, len(names))
-        known["region"] = Words(of_node[rows].astype(np.int32), (*region_names, ""))
+        for column, nodes in (("region", outcome.prefill_node), ("decode_region", outcome.decode_node)):
+            rows = np.where(served, nodes, len(names))
+            known[column] = Words(of_node[rows].astype(np.int32), (*region_names, ""))
     return Records.of(
         outcome.arrival_s,
         index=outcome.index,

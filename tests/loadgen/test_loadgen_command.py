@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -85,6 +86,19 @@ def test_a_mistake_is_one_line_with_a_mend(flags: list[str], told: str, capsys: 
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("text", "told"), [(None, "can't be read: No such file"), ("no PEM", "holds no certificates")])
+def test_a_file_without_certificates_is_a_mistake_in_the_flags(
+    text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ca.pem"
+    if text is not None:
+        file.write_text(text)
+    assert main(["run", "--cacert", str(file), "--no-progress"]) == 2
+    said = capsys.readouterr().err
+    assert f"--cacert {file} {told}" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_all_mistakes_of_a_run_are_told_together(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +110,7 @@ def test_all_mistakes_of_a_run_are_told_together(
         "--endpoint-type": "telepathy",
         "--goodput": "speed:3",
         "--extra-body": "[1]",
+        "--extra-inputs": "top_p",
         "--header": "no colon",
         "--request-timeout": "0",
         "--prompt-format": "verse",
@@ -176,11 +191,15 @@ async def unused_port() -> int:
     return port
 
 
-async def _serve(answers: int, began: asyncio.Event) -> tuple[web.AppRunner, str]:
-    """Answers so many completions; the others say one word and hang."""
+async def _serve(
+    answers: int, began: asyncio.Event, seen: list[tuple[str | None, dict[str, Any]]] | None = None
+) -> tuple[web.AppRunner, str]:
+    """Answers so many completions; the others say one word and hang. `seen`: gets each call's x-team and body."""
     left = [answers]
 
     async def complete(http: web.Request) -> web.StreamResponse:
+        if seen is not None:
+            seen.append((http.headers.get("x-team"), await http.json()))
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(http)
         await response.write(b'data: {"choices": [{"text": "one", "finish_reason": null}]}\n\n')
@@ -229,6 +248,31 @@ async def test_a_run_prints_json_and_saves_files_that_report_reads(tmp_path: Pat
     assert said["client"]["late_max_s"] >= 0
     assert len(Path(files["jsonl"]).read_text().splitlines()) == 10
     assert main(["report", files["jsonl"], "--csv", files["csv"]]) == 0
+
+
+VLLM = "--backend openai --base-url URL --header x-team=a:b x-b=c --num-warmups 1 --disable-tqdm --num-prompts 2"
+AIPERF = "--endpoint-type completions --streaming --url URL --header x-team:a:b --num-warmup-requests 1 --num-prompts 2"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*VLLM.split(), "--model", "m", "--extra-body", '{"top_p": 0.9, "user": "eve"}'],
+        [*AIPERF.split(), "--model-names", "m", "--extra-inputs", "top_p:0.9", "user:eve"],
+        [*AIPERF.split(), "--model-names", "m", "--extra-inputs", '{"top_p": 0.9}', "--extra-inputs", "user:eve"],
+    ],
+)
+async def test_flags_are_taken_as_the_other_tools_have_them(words: list[str]) -> None:
+    """vLLM's and aiperf's way to say it is the same run: model, headers, warm-ups, fields of the body."""
+    seen: list[tuple[str | None, dict[str, Any]]] = []
+    runner, url = await _serve(3, asyncio.Event(), seen)
+    words = [url if word == "URL" else word for word in words]
+    process = await _loadgen("run", *words, "--isl", "4", "--osl", "2", "--concurrency", "1")
+    _, err = await process.communicate()
+    await runner.cleanup()
+    assert process.returncode == 0, err
+    assert [team for team, _ in seen] == ["a:b"] * 3
+    assert {(body["model"], body["top_p"], body["user"]) for _, body in seen} == {("m", 0.9, "eve")}
 
 
 async def test_sigint_ends_a_run_early_and_still_reports(tmp_path: Path) -> None:

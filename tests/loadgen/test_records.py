@@ -25,6 +25,9 @@ rows = st.builds(
     offloaded=st.sampled_from([None, True, False]),
     kv_wire_bytes=st.integers(-1, 1 << 50),
     request_id=words,
+    decision=words,
+    region=words,
+    decode_region=words,
 )
 
 

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -150,6 +152,50 @@ async def test_a_request_goes_through_a_cluster_that_is_encrypted(cluster: Clust
         f"{cluster.url}/requests/{answer.headers['x-request-id']}/timeline", ssl=client
     ) as answer:
         assert (await answer.json())["prefill_node"] == "p1"
+
+
+async def _loadgen(*flags: str) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr of `prfaas-loadgen run`."""
+    words = ["run", "--num-prompts", "4", "--isl", "40", "--osl", "3", "--no-progress", "--json", *flags]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "prfaas.loadgen", *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"},
+    )
+    out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_the_load_generator_trusts_the_cas_file_and_no_other(
+    cluster: Cluster, until: Any, tmp_path: Path
+) -> None:
+    """With --cacert a run goes through, timelines included. Without it, with another CA's, or by a name that the
+    certificate lacks, the run ends before it began with one line, or each request with the word tls."""
+    await cluster.node("decode", "d1")
+    prefill = await cluster.node("prefill", "p1")
+    await until(lambda: cluster.registered("d1") and cluster.registered("p1"))
+    await until(lambda: prefill.endpoint.clock("d1") is not None)
+    ca = ["--cacert", cluster.files("r1").ca_file]
+    status, out, err = await _loadgen("--url", cluster.url, *ca)
+    assert status == 0, err
+    told = json.loads(out)
+    (run,) = told["runs"]
+    assert (run["ok"], run["offload"]["known"], told["client"]["timelines_missed"]) == (4, 4, 0)
+    make_certificates(tmp_path / "other", "r1:router")
+    other = ["--cacert", str(tmp_path / "other" / "ca.pem")]
+    by_name = cluster.url.replace("127.0.0.1", "localhost")
+    for url, flags in ((cluster.url, []), (cluster.url, other), (by_name, ca)):
+        status, _, err = await _loadgen("--url", url, *flags)
+        assert (status, len(err.splitlines())) == (1, 1)
+        assert "certificate is refused: " in err
+        assert "--cacert" in err
+    status, out, _ = await _loadgen("--url", cluster.url, "--model", "emulated")
+    told = json.loads(out)
+    assert status == 1
+    assert list(told["errors"]) == ["tls"]
+    assert "certificate is refused: " in told["errors"]["tls"]
 
 
 @pytest.mark.parametrize(

@@ -303,20 +303,21 @@ TIMELINE = {
 }
 
 
-async def test_a_router_is_asked_what_became_of_a_request(server: Any, client: Any, make_workload: Any) -> None:
-    """The answer's headers say that it is one; its timeline fills in what a client can't see."""
-    three_words = server.script
+def _with_headers(script: Any, headers: dict[str, str]) -> Any:
+    """The script, its answers with `headers`."""
 
     async def routed(call: Any) -> None:
         begin = call.begin
+        call.begin = lambda: begin(**headers)
+        await script(call)
 
-        async def with_headers() -> None:
-            await begin(**{"x-request-id": "r1", "x-prfaas-reason": "offloaded", "x-prfaas-prefill": "p1"})
+    return routed
 
-        call.begin = with_headers
-        await three_words(call)
 
-    server.script = routed
+async def test_a_router_is_asked_what_became_of_a_request(server: Any, client: Any, make_workload: Any) -> None:
+    """The answer's headers say that it is one; its timeline fills in what a client can't see."""
+    headers = {"x-request-id": "r1", "x-prfaas-reason": "offloaded", "x-prfaas-prefill": "p1"}
+    server.script = _with_headers(server.script, headers)
     server.timelines["r1"] = TIMELINE
     record = (await client.run(make_workload([0.0]), timelines=True))[0]
     assert record.request_id == "r1"
@@ -326,17 +327,58 @@ async def test_a_router_is_asked_what_became_of_a_request(server: Any, client: A
     assert record.transfer_s == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(
+    ("said", "region", "offloaded"),
+    [
+        ({"prefill": "p1", "prefill-region": "dense", "decode-region": "home"}, "dense", True),
+        ({"prefill": "p2", "prefill-region": "home", "decode-region": "home"}, "home", False),
+        ({"decode-region": "home"}, "home", False),
+        ({"prefill": "p1", "prefill-region": "dense"}, "dense", None),
+        ({"prefill": "p1"}, "", None),
+        ({}, "", None),
+    ],
+)
+async def test_a_routers_headers_say_where_a_request_was_prefilled(
+    server: Any, client: Any, make_workload: Any, said: dict[str, str], region: str, offloaded: bool | None
+) -> None:
+    """By a node of the region that decodes, of another, or by the decode node itself; what isn't said isn't known."""
+    headers = {"x-prfaas-decision": "uncached=9; threshold=5", "x-prfaas-decode": "d1"}
+    headers |= {f"x-prfaas-{name}": word for name, word in said.items()}
+    server.script = _with_headers(server.script, headers)
+    record = (await client.run(make_workload([0.0])))[0]
+    assert (record.region, record.offloaded) == (region, offloaded)
+    assert record.decode_region == said.get("decode-region", "")
+    assert record.decision == "uncached=9; threshold=5"
+
+
+@pytest.mark.parametrize(
+    ("prefill_region", "local_prefill", "region", "offloaded"),
+    [("dense", False, "dense", True), ("home", False, "home", False), ("dense", True, "home", False)],
+)
+async def test_a_timeline_leaves_to_the_headers_whether_prefill_was_in_another_region(
+    server: Any,
+    client: Any,
+    make_workload: Any,
+    prefill_region: str,
+    local_prefill: bool,
+    region: str,
+    offloaded: bool,
+) -> None:
+    """A prefill node is not one of another region by itself; but a decode node that says that it has computed the
+    prompt knows better than the header that was sent before."""
+    headers = {"x-request-id": "r1", "x-prfaas-reason": "any", "x-prfaas-prefill": "p1", "x-prfaas-decode": "d1"}
+    headers |= {"x-prfaas-prefill-region": prefill_region, "x-prfaas-decode-region": "home"}
+    server.script = _with_headers(server.script, headers)
+    server.timelines["r1"] = TIMELINE | {"local_prefill": local_prefill}
+    record = (await client.run(make_workload([0.0]), timelines=True))[0]
+    assert client.runner._timelines.missed == 0
+    assert (record.region, record.offloaded) == (region, offloaded)
+
+
 async def test_a_router_that_has_forgotten_leaves_the_record_as_it_is(
     server: Any, client: Any, make_workload: Any
 ) -> None:
-    three_words = server.script
-
-    async def routed(call: Any) -> None:
-        begin = call.begin
-        call.begin = lambda: begin(**{"x-request-id": "r2", "x-prfaas-reason": "offloaded"})
-        await three_words(call)
-
-    server.script = routed
+    server.script = _with_headers(server.script, {"x-request-id": "r2", "x-prfaas-reason": "offloaded"})
     record = (await client.run(make_workload([0.0]), timelines=True))[0]
     assert (record.status, record.reason, record.offloaded) == ("ok", "offloaded", None)
     assert client.runner._timelines.missed == 1
