@@ -25,6 +25,7 @@ makes an exception for one request refuses several others.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -105,7 +106,7 @@ class _Choice(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Admitting:
+class _Admitting(ABC):
     """What all policies share: a decode node with room, the routes, one choice, admission.
 
     Where nodes have pools of their own, the decode node that holds most of the prompt is weighed against the least
@@ -157,9 +158,9 @@ class _Admitting:
             found.insert(0, local_route(request, cluster, place))
         return _Choice(place, *self.choose(request, cluster, found))
 
+    @abstractmethod
     def choose(self, request: RequestSnapshot, cluster: ClusterSnapshot, found: Sequence[Route]) -> tuple[Route, str]:
         """One of `found` (never empty; home routes come first), and the reason."""
-        raise NotImplementedError
 
     def threshold_of(self, home_region: int) -> float:
         """In tokens, that requests of a home region are decided with now; nan: none."""
@@ -366,6 +367,11 @@ class RoundRobin(_Admitting):
         row, self._prefill = int(rows[self._prefill % rows.size]), self._prefill + 1
         chosen = route_to(row, request, cluster, place, self.settings)
         return self._admitted(request, place, chosen, "round_robin")
+
+    def choose(self, request: RequestSnapshot, cluster: ClusterSnapshot, found: Sequence[Route]) -> tuple[Route, str]:
+        """Of a request that is pinned to some of the routes."""
+        self._prefill += 1
+        return found[self._prefill % len(found)], "round_robin"
 
     def _next_place(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Place | None:
         rows = _allowed(cluster, ROLE_DECODE)
