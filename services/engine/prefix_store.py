@@ -216,6 +216,10 @@ class Writing:
         if snapshot_id is not None and pool.snapshots > before:
             self._store.fill_snapshot(snapshot_id, self._staged[tokens])
 
+    @property
+    def open(self) -> bool:
+        return self._open
+
     def abandon(self) -> None:
         """Give back what has no name. Idempotent; also after `commit`."""
         if self._open:

@@ -263,8 +263,11 @@ async def regions(
 MIB = 1 << 20
 
 
+DEFAULTS: dict[str, Any] = {"dtype": "float32", "arena_bytes": 64 * MIB, "prefix_bytes": 4 * MIB}
+
+
 async def started(**settings: Any) -> TransformersEngine:
-    engine = TransformersEngine(EngineConfig(**({"dtype": "float32", "arena_bytes": 64 * MIB} | settings)))
+    engine = TransformersEngine(EngineConfig(**(DEFAULTS | settings)))
     await engine.start()
     return engine
 
