@@ -119,14 +119,16 @@ class _Admitting:
 
     def __call__(self, request: RequestSnapshot, cluster: ClusterSnapshot) -> Decision | Refused:
         closed = cluster.closed_nodes()
+        must_fit = True
         place, why = decode_place(request, cluster, closed)
         if place is None and why == "full" and self.settings.queue_for_memory:
-            place, why = decode_place(request, cluster, closed, must_fit=False)
+            must_fit = False
+            place, why = decode_place(request, cluster, closed, must_fit)
         if place is None:
             return Refused(why, self.admission.min_retry_after_s)
         begun = starts(request, cluster, self.settings, closed)
         chosen = self._choice(request, cluster, place, begun)
-        holder = place_of_holder(request, cluster, place)
+        holder = place_of_holder(request, cluster, place, must_fit)
         if holder is not None:
             other = self._choice(request, cluster, holder, begun)
             if chosen is None or (

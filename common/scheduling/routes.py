@@ -140,7 +140,9 @@ def decode_place(
     return _place(best[0], best[1].region, request, cluster, cluster.profiles[best[1].profile]), ""
 
 
-def place_of_holder(request: RequestSnapshot, cluster: ClusterSnapshot, place: Place) -> Place | None:
+def place_of_holder(
+    request: RequestSnapshot, cluster: ClusterSnapshot, place: Place, must_fit: bool = True
+) -> Place | None:
     """The decode node with room that holds most of the prompt, if that is more than `place` does. Of a node's own pool:
     to it the rest alone is sent."""
     prefixes = request.prefixes
@@ -153,17 +155,19 @@ def place_of_holder(request: RequestSnapshot, cluster: ClusterSnapshot, place: P
         if cluster.role.item(row) != ROLE_DECODE or not cluster.usable.item(row):
             continue
         if cluster.inflight_requests.item(row) < cluster.max_inflight_requests.item(row):
-            found = place_at(row, request, cluster)
+            found = place_at(row, request, cluster, must_fit)
             if found is not None:
                 return found
     return None
 
 
-def place_at(row: int, request: RequestSnapshot, cluster: ClusterSnapshot) -> Place | None:
+def place_at(row: int, request: RequestSnapshot, cluster: ClusterSnapshot, must_fit: bool = True) -> Place | None:
     """A certain decode node, if it has room for the request and may be its home."""
     region, profile = cluster.region.item(row), cluster.profiles[cluster.profile.item(row)]
+    if request.home_region not in (None, region):
+        return None
     need = profile.kv_bytes.at(request.prompt_tokens + request.max_output_tokens)
-    if request.home_region not in (None, region) or cluster.free_kv_bytes.item(row) < need:
+    if must_fit and cluster.free_kv_bytes.item(row) < need:
         return None
     return _place(row, region, request, cluster, profile)
 

@@ -62,6 +62,10 @@ async def fetch_prefix(
     taking = asyncio.create_task(store.take_in(hold, receiver))
     try:
         async with asyncio.timeout(timeout_s):
+            await asyncio.sleep(0)
+            if taking.done():  # no room, or it came meanwhile: nothing is asked for
+                await taking
+                return Fetched(hold.tokens - start)
             await endpoint.fetch(ticket, prefix_hash, fetch.node, addresses, timeout_s)
             await taking
     except (PrfaasError, TimeoutError) as error:

@@ -70,7 +70,7 @@ class Cluster:
             node=NodeConfig(**{"name": name, "routers": (self.url,), "heartbeat_s": 0.1, **node}),
             transport=TransportConfig(lanes=2),
             tls=self.files(certificate or name),
-            engine=EngineConfig(kind="emulated", arena_bytes=16 * MIB, layers=4, time_scale=0.05),
+            engine=EngineConfig(kind="emulated", arena_bytes=16 * MIB, prefix_bytes=4 * MIB, layers=4, time_scale=0.05),
         )
 
     async def node(self, role: str, name: str) -> Node:

@@ -121,7 +121,7 @@ def systems(draw: st.DrawFn) -> tuple[Demand, HomePool, list[OffloadPool], Plann
     return demand, HomePool(node("home"), draw(st.integers(2, 9))), offload, chosen
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(systems())
 def test_no_threshold_and_split_carries_more_than_the_plan(
     system: tuple[Demand, HomePool, list[OffloadPool], PlannerSettings],

@@ -28,7 +28,9 @@ from prfaas.services.engine.emulated.output import OutputTokens
 from prfaas.transport.api import KvReceiver, KvSender, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
 
-ENGINE = EngineConfig(kind="emulated", arena_bytes=16 * MIB, layers=4, time_scale=0.05, state_bytes=1000)
+ENGINE = EngineConfig(
+    kind="emulated", arena_bytes=16 * MIB, prefix_bytes=4 * MIB, layers=4, time_scale=0.05, state_bytes=1000
+)
 PROMPT = [(i * 7) % 256 for i in range(1500)]
 WAIT_S = 20
 

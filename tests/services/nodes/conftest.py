@@ -188,7 +188,13 @@ class Cluster:
         transport: dict[str, Any] | None = None,
         **engine: Any,
     ) -> Config:
-        settings = {"kind": "emulated", "arena_bytes": 16 * MIB, "layers": 4, "time_scale": 0.05} | engine
+        settings = {
+            "kind": "emulated",
+            "arena_bytes": 16 * MIB,
+            "prefix_bytes": 4 * MIB,
+            "layers": 4,
+            "time_scale": 0.05,
+        } | engine
         return Config(
             cluster=ClusterConfig(secret=SECRET),
             node=NodeConfig(
