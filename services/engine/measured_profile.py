@@ -12,7 +12,7 @@ from collections import deque
 from itertools import accumulate
 from statistics import median
 
-from prfaas.common.kv_layout import KvLayout
+from prfaas.common.kv_layout import KvLayout, TokenRange
 from prfaas.common.perfmodel.curves import Curve, Surface
 from prfaas.common.perfmodel.profiles import NodeProfile, Provenance
 
@@ -78,7 +78,6 @@ class MeasuredProfile:
 
     def _made(self) -> NodeProfile:
         prefills, passes = self._told
-        fixed, token = float(self._layout.fixed_bytes), float(self._layout.bytes_per_token)
         nominal = "nominal: nothing has been measured yet"
         measured = f"medians of the last {SAMPLES} of each power of two, while serving"
         provenance: dict[str, Provenance] = {
@@ -92,17 +91,25 @@ class MeasuredProfile:
             hardware=self._hardware,
             gpus=1,
             prefill_s=_curve(prefills or ((1000.0, 1000.0 / NOMINAL_PREFILL_TOKENS_PER_S),)),
-            kv_bytes=Curve((0.0, 1000.0), (fixed, fixed + 1000 * token), "linear"),
+            kv_bytes=_kv_bytes(self._layout),
             decode_step_s=_surface(passes or ((1.0, NOMINAL_STEP_S),)),
             max_batch=self._max_batch,
             kv_capacity_bytes=self._kv_capacity_bytes,
             provenance=provenance,
             sources={
                 "prefill_s": measured if prefills else nominal,
-                "kv_bytes": "the model's KV layout; windows as if they grew",
+                "kv_bytes": "the model's KV layout",
                 "decode_step_s": measured if passes else nominal,
             },
         )
+
+
+def _kv_bytes(layout: KvLayout) -> Curve:
+    """Exactly: straight between the lengths at which a window is full."""
+    windows = {tensor.window_tokens or 1 for layer in layout.layers for tensor in layer.tensors}
+    lengths = sorted({1, *windows, max(windows, default=1) + 1000})
+    values = tuple(float(layout.total_bytes(TokenRange(0, length))) for length in lengths)
+    return Curve(tuple(float(length) for length in lengths), values, "linear")
 
 
 def _curve(points: _Points) -> Curve:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout
+from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, TokenRange
 from prfaas.common.perfmodel.profiles import dumps, parse
 from prfaas.services.engine.measured_profile import SAMPLES, MeasuredProfile
 
 KEYS = TensorLayout(TensorKind.KEY, "bfloat16", 2, (64,))
+WINDOW = TensorLayout(TensorKind.VALUE, "bfloat16", 1, (8,), window_tokens=100)
 STATE = TensorLayout(TensorKind.RECURRENT, "float32", 1, (10,))
-LAYOUT = KvLayout((LayerLayout((KEYS, STATE)),) * 3)
+LAYOUT = KvLayout((LayerLayout((KEYS, STATE)),) * 3 + (LayerLayout((WINDOW,)),))
 
 
 def made() -> MeasuredProfile:
@@ -23,7 +24,8 @@ def test_before_anything_is_measured_it_is_nominal() -> None:
     assert profile.provenance["prefill_s"] == profile.provenance["decode_step_s"] == "fitted"
     assert profile.prefill_s.at(5000) > 0
     assert profile.step_s(4, 1000) > 0
-    assert profile.kv_bytes.at(500) == 3 * (40 + 500 * 256)
+    for tokens in (1, 50, 100, 101, 500, 100_000):
+        assert profile.kv_bytes.at(tokens) == LAYOUT.total_bytes(TokenRange(0, tokens))
 
 
 def test_medians_of_each_power_of_two() -> None:

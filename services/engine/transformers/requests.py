@@ -66,9 +66,13 @@ def _settle(writing: Writing | None, job: PrefillJob | None) -> None:
     """The thread is done with both: others may use what was computed. Idempotent."""
     if writing is None:
         return
-    if job is not None and not job.failed and job.computed_tokens > writing.start and writing.open:
-        writing.commit(job.computed_tokens)
-    writing.abandon()
+    try:
+        if job is not None and not job.failed and job.computed_tokens > writing.start and writing.open:
+            writing.commit(job.computed_tokens)
+    except Exception as error:  # it costs later prompts the reuse, this one nothing
+        _log.error("a prefix could not be kept", exc_info=error)
+    finally:
+        writing.abandon()
 
 
 class _Deadline:
