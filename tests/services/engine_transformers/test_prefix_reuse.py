@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from prfaas.common.errors import EngineError, TransferCancelledError
 from prfaas.common.kv_layout import TokenRange
 from prfaas.common.prefixcache.events import BlocksEvicted
 from prfaas.services.engine.api import DecodeRequest, PrefillRequest, SamplingParams
+from prfaas.services.engine.transformers import decode
 from prfaas.services.engine.transformers.families import VERIFIED
 from prfaas.transport.lanes.memory import MemoryNetwork
 
@@ -169,6 +171,49 @@ async def test_local_prefill_computes_the_rest(
     assert sum(tokens[:-20]) == len(longer) - 1 - whole_blocks(len(prompt) + OUTPUT - 1)
 
 
+async def test_a_joiner_waits_for_what_is_copied(
+    tiny_model: Callable[[str], Path], toolbox: Any, no_cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything has arrived while the thread was in a pass of another stream, and one layer a turn is copied: each
+    layer is used when it is there, the tokens are right, and the other stream's too."""
+    monkeypatch.setattr(decode, "COPY_BYTES_A_TURN", 1)
+    prompt, other = prompt_of(33, 150), prompt_of(34, 30)
+    async with two_regions(tiny_model("llama"), toolbox) as regions:
+        engine = regions.decode
+        await alone(engine, toolbox, prompt[:140], 2)
+        model = engine._desk.stepper._model
+        run_layer, may_go_on = model.run_layer, threading.Event()
+        may_go_on.set()
+
+        def layer(*args: Any) -> torch.Tensor:
+            assert may_go_on.wait(WAIT_S)
+            output: torch.Tensor = run_layer(*args)
+            return output
+
+        monkeypatch.setattr(model, "run_layer", layer)
+        running = asyncio.ensure_future(alone(engine, toolbox, other, 200))
+        while not any(life.is_decoding for life in engine._lives):
+            await asyncio.sleep(0)
+        may_go_on.clear()
+        hold = engine.prefixes.hold(prompt[:-1])
+        assert hold.tokens == 128
+        spec = toolbox.transfer_spec(engine, len(prompt), 20, tokens=TokenRange(128, len(prompt) - 1))
+        transfer = toolbox.Loopback(engine.info.layout, spec)
+        decoding = engine.decode(DecodeRequest("r", prompt, 20, toolbox.GREEDY, hold=hold), [transfer])
+        try:
+            await toolbox.collect(regions.prefill.prefill(PrefillRequest("r", prompt), [transfer]))
+            row = next(life for life in engine._lives if life.stream is decoding)._row
+            async with asyncio.timeout(WAIT_S):
+                while row.missing_layers:
+                    await asyncio.sleep(0)
+            assert row.held.copied_layers == 0
+        finally:
+            may_go_on.set()
+        answer = await asyncio.wait_for(toolbox.collect(decoding), WAIT_S)
+        assert answer.token_ids == await no_cache("llama", prompt, 20)
+        assert await running == await no_cache("llama", other, 200)
+
+
 # -- where a prefix ends ----------------------------------------------------------------------------------------------
 
 
@@ -189,6 +234,41 @@ async def test_prompts_that_diverge(
             found.append(journey.prefill_held)
             assert journey.answer.token_ids == await no_cache(model_type, prompt, 20)
     assert found == ([0, 0, 96] if exact else [0, 96, 96])
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next", "falcon_h1"])
+async def test_a_snapshot_is_the_state_at_its_end(
+    model_type: str, tiny_model: Callable[[str], Path], toolbox: Any
+) -> None:
+    """What decode kept at the end of its last block is, but for rounding, what prefill computes of the same tokens:
+    tokens alone might not tell it from the state a token earlier or later."""
+    async with two_regions(tiny_model(model_type), toolbox) as regions:
+        prompt = prompt_of(32, 150)
+        context = [*prompt, *await alone(regions.decode, toolbox, prompt, OUTPUT)]
+        kept = whole_blocks(len(context) - 1)
+        await alone(regions.prefill, toolbox, context[: kept + 1], 1)
+        found = [snapshot_of(engine, context[:kept]) for engine in (regions.decode, regions.prefill)]
+    assert found[0].keys() == found[1].keys()
+    for place, values in found[0].items():
+        assert torch.allclose(values, found[1][place], rtol=1e-4, atol=1e-4), place
+
+
+def snapshot_of(engine: Any, tokens: list[int]) -> dict[tuple[int, int, int], torch.Tensor]:
+    """States and windows that are kept of exactly these tokens, float32, by (layer, tensor, head)."""
+    hold = engine.prefixes.hold(tokens)
+    assert hold.tokens == len(tokens)
+    found = {}
+    for layer, spec in enumerate(engine.info.layout.layers):
+        for tensor, each in enumerate(spec.tensors):
+            if not each.kind.is_state and each.window_tokens is None:
+                continue
+            start = max(0, len(tokens) - (each.window_tokens or 0))
+            for head in range(each.heads):
+                data = bytearray(each.fixed_bytes or (len(tokens) - start) * each.row_bytes_per_token)
+                hold.read(layer, tensor, head, start, memoryview(data))
+                found[layer, tensor, head] = torch.frombuffer(data, dtype=torch.float32)
+    hold.release()
+    return found
 
 
 async def test_tenants_share_nothing(tiny_model: Callable[[str], Path], toolbox: Any) -> None:
