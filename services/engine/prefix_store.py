@@ -210,11 +210,13 @@ class Writing:
         return held
 
     def _keep_snapshot(self, tokens: int) -> None:
-        pool = self._store.pool
-        before = pool.snapshots
-        snapshot_id = pool.add_snapshot(self._lease, tokens // self._store.block_tokens)
-        if snapshot_id is not None and pool.snapshots > before:
+        snapshot_id = self._store.pool.add_snapshot(self._lease, tokens // self._store.block_tokens)
+        if snapshot_id is not None and not self._store.has_snapshot(snapshot_id):
             self._store.fill_snapshot(snapshot_id, self._staged[tokens])
+
+    @property
+    def open(self) -> bool:
+        return self._open
 
     def abandon(self) -> None:
         """Give back what has no name. Idempotent; also after `commit`."""
@@ -417,6 +419,10 @@ class PrefixStore:
         if not self.sizes.block_bytes:
             return np.zeros(0, np.int64)
         return np.array([self._block_pages[block_id] for block_id in block_ids], np.int64)
+
+    def has_snapshot(self, snapshot_id: int) -> bool:
+        """Its bytes are here; not those of one that the pool has added just now."""
+        return snapshot_id in self._snapshot_pages
 
     def pages_of_snapshot(self, snapshot_id: int) -> NDArray[np.int64]:
         return self._snapshot_pages[snapshot_id]

@@ -162,6 +162,18 @@ def test_a_second_turn_adds_its_own(name: str) -> None:
         hold.release()
 
 
+def test_a_snapshot_in_anothers_place() -> None:
+    """Room for one: the second prompt's state takes the first one's, and is what was written."""
+    store = make(STATE_ONLY, 1)
+    for seed in (1, 2):
+        ids = tokens_of(seed, 3 * BLOCK)
+        assert keep(store, ids) == 3 * BLOCK
+        hold = store.hold(ids)
+        assert hold.tokens == 3 * BLOCK
+        check(hold, STATE_ONLY, ids)
+        hold.release()
+
+
 def test_state_is_reused_at_exact_lengths_only() -> None:
     """A prompt that leaves in the middle finds blocks but no state; when it comes a second time, it has left one at the
     branch, and a third that leaves there too can begin from it."""

@@ -12,6 +12,7 @@ the batch, keeping its hidden state, before the first layer that is not there ye
 
 One more row costs a pass next to nothing (the weights are read once either way), so a join stalls nobody, and its first
 token comes about one layer after the last arrival. With nobody running a pass begins at the first joiner's next layer.
+A joiner that starts from a held prefix has a layer when that is copied as well (`copy_held`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from prfaas.services.engine.sampling import Draw, is_stop, sample
 from prfaas.services.engine.transformers.attention import RaggedCache
 from prfaas.services.engine.transformers.families import LayerwiseModel
 from prfaas.services.engine.transformers.kv_memory import RequestKv
+from prfaas.services.engine.transformers.prefix_copies import COPY_BYTES_A_TURN, HeldKv, StateStash
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +50,11 @@ class DecodeRow:
     emit: Callable[[DecodeEvent | Exception], None]
     """On the loop's thread."""
     kv: RequestKv | None = None
+    held: HeldKv | None = None
+    """What is to be copied into `kv` beside what arrives."""
+    stash: StateStash | None = None
+    kv_tokens: int = 0
+    """Whose KV is complete in all layers; 0 before the first pass."""
     waits_for_all: bool = False
     """Enter no layer before all have arrived (a baseline)."""
     present: list[bool] = field(default_factory=list)
@@ -76,7 +83,13 @@ class DecodeRow:
         self.missing_layers -= 1
         self.present[layer] = True
 
+    @property
+    def has_to_copy(self) -> bool:
+        return self.held is not None and not self.held.is_complete
+
     def can_run(self, layer: int) -> bool:
+        if self.held is not None and layer >= self.held.copied_layers:
+            return False
         return self.present[layer] and not (self.waits_for_all and self.missing_layers)
 
 
@@ -123,6 +136,27 @@ class SlipstreamBatch:
         started = [row for row in self.joining if row.missing_layers < row.layer_count]
         return started[: max(0, self._max_batch - len(self.running))]
 
+    @property
+    def has_to_copy(self) -> bool:
+        return any(row.has_to_copy for row in self.joining)
+
+    def copy_held(self) -> Iterator[Told]:
+        """Copy some of what joiners start from, first come, first served. Yields after each layer, and then the caller
+        may `join` and `discard`; an error fails its row."""
+        copied = 0
+        while copied < COPY_BYTES_A_TURN:
+            row = next((row for row in self.joining if row.has_to_copy), None)
+            if row is None:
+                return
+            assert row.held is not None
+            told: Told = []
+            try:
+                copied += row.held.copy_layer()
+            except Exception as error:  # this request has failed, the engine goes on
+                self._forget(row)
+                told = [(row, EngineError(f"a held prefix could not be copied: {error}"))]
+            yield told
+
     def run_pass(self) -> Iterator[Told]:
         """Advance everybody that can. Rows that have ended or failed are out of the batch.
 
@@ -165,6 +199,9 @@ class SlipstreamBatch:
                 self._forget(row)
                 told.append((row, token))
                 continue
+            row.kv_tokens = row.position + 1
+            if row.stash is not None and row.kv is not None:
+                row.stash.passed(row.kv, row.kv_tokens)
             if row in self.joining:
                 self.joining.remove(row)
                 self.running.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
@@ -18,6 +19,7 @@ from prfaas.services.engine.api import (
     PrefillEvent,
     PrefillRequest,
 )
+from prfaas.services.engine.measured_profile import MeasuredProfile
 from prfaas.services.engine.prefix_store import PrefixStore
 from prfaas.services.engine.transformers import loader
 from prfaas.services.engine.transformers.line import PrefillLine
@@ -44,12 +46,12 @@ class TransformersEngine:
 
     @property
     def prefixes(self) -> PrefixStore | None:
-        return None
+        return self._ready().prefixes
 
     @property
     def profile(self) -> NodeProfile | None:
-        """`engine.profile`."""
-        return self._profile
+        """`engine.profile`, else what has been measured while serving."""
+        return self._profile or self._ready().measured.profile
 
     @property
     def failure(self) -> str | None:
@@ -72,8 +74,24 @@ class TransformersEngine:
             eos_token_ids=loaded.eos_token_ids,
             arena_bytes=arena.total_bytes,
         )
-        stepper = Stepper(loaded.model, self._config, loop, self._died)
-        self._desk = Desk(self._config, info, arena, stepper, PrefillLine(self._config.max_prefills))
+        prefixes = await loop.run_in_executor(None, self._make_prefixes, info)
+        measured = MeasuredProfile(
+            info.model,
+            f"{platform.machine()}, {self._config.device}, {self._config.threads} threads",
+            info.layout,
+            self._config.max_batch,
+            info.arena_bytes,
+        )
+        stepper = Stepper(loaded.model, self._config, loop, self._died, measured.stepped)
+        line = PrefillLine(self._config.max_prefills)
+        self._desk = Desk(self._config, info, arena, stepper, line, prefixes, measured)
+
+    def _make_prefixes(self, info: EngineInfo) -> PrefixStore | None:
+        """Touches its memory. Raises ConfigError."""
+        config = self._config
+        if not config.prefix_bytes:
+            return None
+        return PrefixStore(info.layout, info.model_fingerprint, config.prefix_bytes, config.prefix_block_tokens)
 
     async def close(self) -> None:
         desk, self._desk = self._desk, None
@@ -84,6 +102,8 @@ class TransformersEngine:
         try:
             await asyncio.gather(*(life.stream.aclose() for life in list(self._lives)))
         finally:
+            if desk.prefixes is not None:
+                await desk.prefixes.aclose()
             await desk.stepper.stop()
 
     def _died(self, error: Exception) -> None:
@@ -105,12 +125,15 @@ class TransformersEngine:
     def load(self) -> EngineLoad:
         desk = self._ready()
         decodes = [life for life in self._lives if isinstance(life, DecodeLife) and life.is_decoding]
+        ready = sum(life.has_all for life in decodes)
         return EngineLoad(
             queued_requests=desk.line.queued_requests,
             queued_tokens=desk.line.queued_tokens,
             running_requests=len(decodes),
             context_tokens=sum(life.context_tokens for life in decodes),
             free_kv_bytes=desk.arena.free_bytes,
+            decoding_requests=min(ready, self._config.max_batch),
+            waiting_requests=max(0, ready - self._config.max_batch),
         )
 
     def _ready(self) -> Desk:

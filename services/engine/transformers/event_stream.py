@@ -18,6 +18,7 @@ class RequestEvents(Generic[E]):
         self._cleanup = cleanup
         self._queue: asyncio.Queue[E | Exception | None] = asyncio.Queue()
         self._sealed = False
+        self._failed = False
         self._drained = False
         self._closing: asyncio.Task[None] | None = None
         self._on_closed: Callable[[], None] = lambda: None
@@ -37,9 +38,14 @@ class RequestEvents(Generic[E]):
     def sealed(self) -> bool:
         return self._sealed
 
+    @property
+    def failed(self) -> bool:
+        return self._failed
+
     def _seal(self, last: Exception | None) -> None:
         if not self._sealed:
             self._sealed = True
+            self._failed = last is not None
             self._queue.put_nowait(last)
 
     def __aiter__(self) -> AsyncIterator[E]:

@@ -52,7 +52,8 @@ class Plan:
 def plan(layout: KvLayout, capacity_tokens: int, received_end: int | None = None) -> Plan:
     """Lay out room for tokens [0, capacity_tokens).
 
-    received_end: the KV up to this token comes over the wire, so windowed tensors need no room before their window.
+    received_end: the KV up to this token comes over the wire or from a prefix, so windowed tensors need no room before
+    their window.
     """
     offset = 0
     layers = []
@@ -103,7 +104,7 @@ class RequestKv:
     """Owns its region from `carve` to `free`. Both are called on the loop's thread; the views are for the worker."""
 
     def __init__(self, layout: KvLayout, planned: Plan, region: Region) -> None:
-        self._layout = layout
+        self.layout = layout
         self._plan = planned
         self._region: Region | None = region
         self._view = region.view
@@ -111,7 +112,7 @@ class RequestKv:
 
     def _layer_views(self, index: int) -> LayerKv:
         layer = LayerKv()
-        for tensor, place in zip(self._layout.layers[index].tensors, self._plan.places[index], strict=True):
+        for tensor, place in zip(self.layout.layers[index].tensors, self._plan.places[index], strict=True):
             if tensor.kind.is_state:
                 view = self._torch_view(tensor, place, (1, *tensor.dims))
             else:
@@ -137,20 +138,28 @@ class RequestKv:
 
     def row_tokens(self, layer: int, tensor: int, extent: Extent, row: int, start: int, end: int) -> memoryview:
         """The same for tokens [start, end) of the row; a state ignores them."""
+        return self.head_tokens(layer, tensor, extent.first_head + row, start, end)
+
+    def head_tokens(self, layer: int, tensor: int, head: int, start: int, end: int) -> memoryview:
+        """Bytes of tokens [start, end) of one head; of a state all of it."""
         place = self._plan.places[layer][tensor]
-        spec = self._layout.layers[layer].tensors[tensor]
+        spec = self.layout.layers[layer].tensors[tensor]
         if spec.kind.is_state:
             return self._view[place.offset_bytes : place.offset_bytes + place.row_bytes]
         per_token = spec.row_bytes_per_token
-        begin = place.offset_bytes + (extent.first_head + row) * place.row_bytes
+        begin = place.offset_bytes + head * place.row_bytes
         begin += (start - place.first_token) * per_token
         return self._view[begin : begin + (end - start) * per_token]
+
+    def first_token(self, layer: int, tensor: int) -> int:
+        """That there is room for."""
+        return self._plan.places[layer][tensor].first_token
 
     def pieces(self, layer: int, extents: list[Extent], start: int, end: int, last: bool) -> Iterator[KvPiece]:
         """What a transfer with these extents (one a tensor) gets when tokens [start, end) of a layer are computed;
         states leave after the `last` step."""
         for tensor, extent in enumerate(extents):
-            spec = self._layout.layers[layer].tensors[tensor]
+            spec = self.layout.layers[layer].tensors[tensor]
             if spec.kind.is_state:
                 if last and extent.rows:
                     yield KvPiece(layer, tensor, 0, 0, self.row(layer, tensor, extent, 0))

@@ -68,8 +68,10 @@ class PrefillLine:
         self.advance()
 
     def stepped(self, tokens: int, duration_s: float) -> None:
-        speed = tokens / max(duration_s, 1e-6)
-        self._tokens_per_s += (speed - self._tokens_per_s) * (_SPEED_WEIGHT if self._tokens_per_s else 1.0)
+        """tokens: 0 where a held prefix was copied, which says nothing of the speed."""
+        if tokens:
+            speed = tokens / max(duration_s, 1e-6)
+            self._tokens_per_s += (speed - self._tokens_per_s) * (_SPEED_WEIGHT if self._tokens_per_s else 1.0)
         self._announce()
 
     def advance(self) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from prfaas.common import log
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import EngineError, NoRoomError, OutOfMemoryError, RequestError
 from prfaas.common.kv_layout import TokenRange
@@ -21,7 +22,10 @@ from prfaas.services.engine.api import (
     PrefillEvent,
     PrefillProgress,
     PrefillRequest,
+    TokenEvent,
 )
+from prfaas.services.engine.measured_profile import MeasuredProfile
+from prfaas.services.engine.prefix_store import Hold, PrefixStore, Writing
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.transformers import kv_memory
 from prfaas.services.engine.transformers.decode import DecodeRow
@@ -29,10 +33,13 @@ from prfaas.services.engine.transformers.event_stream import RequestEvents
 from prfaas.services.engine.transformers.kv_memory import RequestKv, TransferDestination
 from prfaas.services.engine.transformers.line import PrefillLine
 from prfaas.services.engine.transformers.prefill import Outbox, PrefillJob
+from prfaas.services.engine.transformers.prefix_copies import HeldKv, StateStash, keep_all
 from prfaas.services.engine.transformers.stepper import Stepper
 from prfaas.transport.api import KvDestination, KvReceiver, KvSender, TransferSpec
 from prfaas.transport.arena import Arena
 from prfaas.transport.waiting import finish_despite_cancel
+
+_log = log.get_logger("engine")
 
 # Besides the round trip: OPEN is looked at when a step ends, so be early by about one.
 _OPEN_MARGIN_S = 0.3
@@ -47,6 +54,25 @@ class Desk:
     arena: Arena
     stepper: Stepper
     line: PrefillLine
+    prefixes: PrefixStore | None
+    measured: MeasuredProfile
+
+    def reserve(self, token_ids: Sequence[int], tenant: str) -> Writing | None:
+        """Room in the prefix store for these tokens; None: there is none, or nothing new to keep."""
+        return None if self.prefixes is None else self.prefixes.reserve(token_ids, tenant)
+
+
+def _settle(writing: Writing | None, job: PrefillJob | None) -> None:
+    """The thread is done with both: others may use what was computed. Idempotent."""
+    if writing is None:
+        return
+    try:
+        if job is not None and not job.failed and job.computed_tokens > writing.start and writing.open:
+            writing.commit(job.computed_tokens)
+    except Exception as error:  # it costs later prompts the reuse, this one nothing
+        _log.error("a prefix could not be kept", exc_info=error)
+    finally:
+        writing.abandon()
 
 
 class _Deadline:
@@ -82,6 +108,10 @@ class PrefillLife:
         check_token_ids(request.prompt_token_ids, desk.info.vocabulary)
         self._desk = desk
         self._tokens = request.prompt_token_ids
+        self._tenant = request.tenant
+        self._hold = request.hold
+        self._held_tokens = 0 if request.hold is None else request.hold.tokens
+        self._writing: Writing | None = None
         self._senders = list(senders)
         self._end = max((sender.spec.tokens.end for sender in senders), default=0)
         self._start = min((sender.spec.tokens.start for sender in senders), default=0)
@@ -115,7 +145,7 @@ class PrefillLife:
         desk, n = self._desk, len(self._tokens)
         if self._senders and self._end != n - 1:
             return EngineError(f"the ticket is for tokens up to {self._end}, a prompt of {n} tokens needs {n - 1}")
-        if not kv_memory.fits(desk.arena, desk.info.layout, self._end):
+        if not kv_memory.fits(desk.arena, desk.info.layout, self._end, self._held_tokens):
             return OutOfMemoryError(f"the KV of {n} prompt tokens doesn't fit into this node's arena")
         return None
 
@@ -123,7 +153,7 @@ class PrefillLife:
 
     @property
     def remaining_tokens(self) -> int:
-        return self._end if self._job is None else self._job.remaining_tokens
+        return self._end - self._held_tokens if self._job is None else self._job.remaining_tokens
 
     @property
     def lead_s(self) -> float:
@@ -135,10 +165,11 @@ class PrefillLife:
 
     def start(self) -> bool:
         desk = self._desk
-        self._kv = kv_memory.carve(desk.arena, desk.info.layout, self._end)
+        self._kv = kv_memory.carve(desk.arena, desk.info.layout, self._end, self._held_tokens)
         if self._kv is None:
             return False
         self.turn_is_near()
+        self._writing = desk.reserve(self._tokens[: self._end], self._tenant)
         outbox = Outbox(
             self._kv,
             desk.info.layout,
@@ -146,7 +177,17 @@ class PrefillLife:
             hold=desk.config.send == "after_prefill",
             opened=self._opened,
         )
-        self._job = PrefillJob(self._tokens, self._end, self._kv, outbox, self._stepped, self._computed, self._queued_s)
+        self._job = PrefillJob(
+            self._tokens,
+            self._end,
+            self._kv,
+            outbox,
+            self._stepped,
+            self._computed,
+            self._queued_s,
+            _held(self._hold, self._kv),
+            self._writing,
+        )
         desk.stepper.add_prefill(self._job)
         return True
 
@@ -184,6 +225,7 @@ class PrefillLife:
             job, self._job = self._job, None
             # A close that comes meanwhile cancels this task and frees the memory: the thread must be done with it.
             await finish_despite_cancel(asyncio.ensure_future(self._desk.stepper.remove(job, None)))
+            _settle(self._writing, job)
             self._free()
             self._desk.line.rejoin(self)
         else:
@@ -201,9 +243,11 @@ class PrefillLife:
         if self._job is None:  # it has stepped aside meanwhile
             return
         self._desk.line.leave(self)
+        _settle(self._writing, self._job)
         if error is not None:
             self._fail(error)
         else:
+            self._desk.measured.prefilled(self._end - self._held_tokens, self._job.busy_s)
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
@@ -228,11 +272,16 @@ class PrefillLife:
     async def _close(self) -> None:
         self._deadline.cancel()
         self._desk.line.leave(self)  # first: while we wait below, the line would give us memory and a slot
-        await _cancelled(self._opening, self._draining)
-        if self._job is not None:
-            await self._desk.stepper.remove(self._job, None)
-        for sender in self._senders:
-            await sender.aclose()
+        try:
+            await _cancelled(self._opening, self._draining)
+            if self._job is not None:
+                await self._desk.stepper.remove(self._job, None)
+            _settle(self._writing, self._job)
+            for sender in self._senders:
+                await sender.aclose()
+        finally:
+            if self._hold is not None:
+                self._hold.release()
         self._free()
         self._desk.line.advance()
 
@@ -252,6 +301,10 @@ class DecodeLife:
         self._check(request)
         self._request = request
         self._receivers = list(receivers)
+        self._hold = request.hold
+        self._held_tokens = 0 if request.hold is None else request.hold.tokens
+        self._writing: Writing | None = None
+        self._said: list[int] = []
         self._kv: RequestKv | None = None
         self._job: PrefillJob | None = None
         self._row: DecodeRow | None = None
@@ -274,7 +327,7 @@ class DecodeLife:
         elif len(request.output_token_ids) >= request.max_output_tokens:
             self.stream.push(DecodeDone(FinishReason.LENGTH, len(request.output_token_ids)))
             self.stream.end()
-        elif not self._receivers or self._received_end == 0:
+        elif not self._receives:
             self._desk.line.join(self)
 
     def _check(self, request: DecodeRequest) -> None:
@@ -292,12 +345,12 @@ class DecodeLife:
         """What the sender is told as well, at its OPEN."""
         desk, n = self._desk, len(self._context)
         for receiver in self._receivers:
-            if receiver.spec.tokens != TokenRange(0, n - 1):
+            if receiver.spec.tokens != TokenRange(self._held_tokens, n - 1):
                 return EngineError(
                     f"tokens [{receiver.spec.tokens.start}, {receiver.spec.tokens.end}) were announced, this decode "
-                    f"needs [0, {n - 1}): it holds no prefix"
+                    f"holds {self._held_tokens} and needs [{self._held_tokens}, {n - 1})"
                 )
-        if not kv_memory.fits(desk.arena, desk.info.layout, self._capacity_tokens, self._received_end):
+        if not kv_memory.fits(desk.arena, desk.info.layout, self._capacity_tokens, self._given_end):
             return OutOfMemoryError(f"the KV of {self._capacity_tokens} tokens doesn't fit into this node's arena")
         return None
 
@@ -306,13 +359,23 @@ class DecodeLife:
         return len(self._request.prompt_token_ids) + self._request.max_output_tokens
 
     @property
-    def _received_end(self) -> int | None:
-        return len(self._context) - 1 if self._receivers else None
+    def _receives(self) -> bool:
+        return bool(self._receivers) and self._held_tokens < len(self._context) - 1
+
+    @property
+    def _given_end(self) -> int:
+        """The tokens before it come from the hold, or from it and the receivers."""
+        return len(self._context) - 1 if self._receives else self._held_tokens
 
     @property
     def is_decoding(self) -> bool:
         """It holds memory, and its KV is complete or on its way."""
         return self._row is not None and self._row.kv is not None
+
+    @property
+    def has_all(self) -> bool:
+        """All of its KV is here."""
+        return self._row is not None and bool(self._row.present) and self._row.missing_layers == 0
 
     @property
     def context_tokens(self) -> int:
@@ -331,6 +394,7 @@ class DecodeLife:
             eos_token_ids=desk.info.eos_token_ids,
             layer_count=len(desk.info.layout.layers),
             emit=self._emit,
+            stash=_stash(desk.prefixes),
             waits_for_all=desk.config.join == "when_complete",
         )
 
@@ -340,13 +404,14 @@ class DecodeLife:
         """At OPEN: prompt and max_tokens, once for all shards."""
         if self._refusal is not None or self._row is None:
             raise EngineError(str(self._refusal))
-        if self.stream.sealed or self._received_end == 0:
+        if self.stream.sealed or not self._receives:
             raise EngineError("the request has ended, or has nothing to receive")
         layout = self._desk.info.layout
         if self._kv is None:
-            self._kv = kv_memory.carve(self._desk.arena, layout, self._capacity_tokens, self._received_end)
+            self._kv = kv_memory.carve(self._desk.arena, layout, self._capacity_tokens, self._given_end)
             if self._kv is None:
                 return None
+            self._row.held = _held(self._hold, self._kv, with_states=False)
             self._shards_missing = [len(self._receivers)] * len(layout.layers)
             self._row.kv = self._kv
             self._row.expect_all()
@@ -367,7 +432,7 @@ class DecodeLife:
 
     @property
     def remaining_tokens(self) -> int:
-        return len(self._context) - 1 if self._job is None else self._job.remaining_tokens
+        return len(self._context) - 1 - self._held_tokens if self._job is None else self._job.remaining_tokens
 
     lead_s = 0.0
 
@@ -376,7 +441,7 @@ class DecodeLife:
 
     def start(self) -> bool:
         desk = self._desk
-        self._kv = kv_memory.carve(desk.arena, desk.info.layout, self._capacity_tokens)
+        self._kv = kv_memory.carve(desk.arena, desk.info.layout, self._capacity_tokens, self._given_end)
         if self._kv is None:
             return False
         end = len(self._context) - 1
@@ -385,6 +450,7 @@ class DecodeLife:
             self._join_locally()
             asyncio.get_running_loop().call_soon(desk.line.leave, self)
             return True
+        self._writing = desk.reserve(self._context[:end], self._request.tenant)
         self._job = PrefillJob(
             self._context,
             end,
@@ -393,15 +459,20 @@ class DecodeLife:
             lambda _, tokens, duration_s: desk.line.stepped(tokens, duration_s),
             self._computed,
             self._queued_s,
+            _held(self._hold, self._kv),
+            self._writing,
         )
         desk.stepper.add_prefill(self._job)
         return True
 
     def _computed(self, error: Exception | None) -> None:
         self._desk.line.leave(self)
+        _settle(self._writing, self._job)
         if error is not None:
             self._fail(error)
         elif not self.stream.sealed:
+            assert self._job is not None
+            self._desk.measured.prefilled(self._job.end - self._held_tokens, self._job.busy_s)
             self._join_locally()
 
     def _join_locally(self) -> None:
@@ -418,6 +489,8 @@ class DecodeLife:
         if isinstance(event, Exception):
             self._fail(event)
             return
+        if isinstance(event, TokenEvent):
+            self._said.append(event.token_id)
         self.stream.push(event)
         if isinstance(event, DecodeDone):
             self.stream.end()
@@ -431,14 +504,50 @@ class DecodeLife:
     async def _close(self) -> None:
         self._deadline.cancel()
         self._desk.line.leave(self)  # first, as above
-        if self._job is not None or self._row is not None:
-            await self._desk.stepper.remove(self._job, self._row)
-        for receiver in self._receivers:
-            await receiver.aclose()
+        try:
+            if self._job is not None or self._row is not None:
+                await self._desk.stepper.remove(self._job, self._row)
+            _settle(self._writing, self._job)
+            for receiver in self._receivers:
+                await receiver.aclose()
+            if not self.stream.failed:
+                await self._keep()
+        finally:
+            if self._hold is not None:
+                self._hold.release()
         if self._kv is not None:
             self._kv.free()
             self._kv = None
         self._desk.line.advance()
+
+    async def _keep(self) -> None:
+        """Prompt and output for later prompts, what there is of them. Nobody else touches the KV any more: it is copied
+        beside the engine's thread, which would hold up the batch."""
+        if self._kv is None or self._row is None or not self._row.kv_tokens:
+            return
+        stash = self._row.stash
+        end = self._row.kv_tokens if stash is None else stash.tokens
+        writing = self._desk.reserve([*self._context, *self._said][:end], self._request.tenant)
+        if writing is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, keep_all, writing, self._kv, stash)
+            writing.commit()
+        except Exception as error:  # it costs later prompts the reuse, this one nothing
+            _log.error("a prefix could not be kept", exc_info=error)
+        finally:
+            writing.abandon()
+
+
+def _held(hold: Hold | None, kv: RequestKv, *, with_states: bool = True) -> HeldKv | None:
+    return HeldKv(hold, kv, with_states) if hold is not None and hold.tokens else None
+
+
+def _stash(prefixes: PrefixStore | None) -> StateStash | None:
+    """For a model whose prefixes need a snapshot."""
+    if prefixes is None or not prefixes.sizes.needs_snapshot:
+        return None
+    return StateStash(prefixes.layout, prefixes.block_tokens)
 
 
 def _too_long(tokens: int, info: EngineInfo) -> RequestError:

@@ -34,10 +34,13 @@ class Stepper:
         config: EngineConfig,
         loop: asyncio.AbstractEventLoop,
         on_death: Callable[[Exception], None],
+        on_pass: Callable[[int, float, float], None] = lambda rows, context_tokens, seconds: None,
     ) -> None:
-        """on_death: called on the loop's thread when the thread has ended by a mistake of ours."""
+        """on_death: called on the loop's thread when the thread has ended by a mistake of ours. on_pass: after each
+        pass, there as well, with its rows, their mean context and its seconds."""
         self._model = model
         self._on_death = on_death
+        self._on_pass = on_pass
         self._config = config
         self._loop = loop
         self._batch = SlipstreamBatch(model, config.max_batch)
@@ -110,6 +113,8 @@ class Stepper:
                 while self._wait_for_work():
                     if self._batch.can_run:
                         self._decode_pass()
+                    if self._batch.has_to_copy:
+                        self._tell_each(self._batch.copy_held())
                     if (job := self._prefills.next()) is not None:
                         self._prefill_step(job)
         except Exception as error:  # a bug between two steps: nobody may wait for this thread any more
@@ -145,13 +150,21 @@ class Stepper:
 
     @property
     def _has_work(self) -> bool:
-        return len(self._prefills) > 0 or self._batch.can_run
+        return len(self._prefills) > 0 or self._batch.can_run or self._batch.has_to_copy
 
     def _post(self, callback: Callable[[], object]) -> None:
         self._loop.call_soon_threadsafe(callback)
 
     def _decode_pass(self) -> None:
-        for told in self._batch.run_pass():
+        started_s = time.monotonic()
+        running = list(self._batch.running)  # all the way through, if nobody leaves
+        context_tokens = sum(row.position for row in running) / max(1, len(running))
+        self._tell_each(self._batch.run_pass())
+        if running:
+            self._post(partial(self._on_pass, len(running), context_tokens, time.monotonic() - started_s))
+
+    def _tell_each(self, steps: Iterator[Told]) -> None:
+        for told in steps:
             if told:
                 self._post(partial(_emit, told))
             self._carry_out()
@@ -167,10 +180,13 @@ class Stepper:
         if job.should_stop:
             self._prefills.discard(job)
             return
-        if failure is None:
-            after, duration_s = job.computed_tokens, time.monotonic() - started_s
-            self._post(lambda: job.on_step(after, after - before, duration_s))
-        if failure is not None or not job.remaining_tokens:
+        duration_s = time.monotonic() - started_s
+        job.busy_s += duration_s
+        job.failed = failure is not None
+        if failure is None and (after := job.computed_tokens) > before:
+            copied = job.held is not None and before < job.held.tokens
+            self._post(lambda: job.on_step(after, 0 if copied else after - before, duration_s))
+        if failure is not None or job.is_done:
             self._prefills.discard(job)
             self._post(lambda: job.on_end(failure))
 

@@ -20,6 +20,7 @@ from prfaas.common.config import EngineConfig, TransportConfig
 from prfaas.common.errors import NoRoomError, TransferCancelledError
 from prfaas.common.kv_layout import WHOLE, KvLayout, Shard, TokenRange
 from prfaas.services.engine.api import DecodeRequest, PrefillDone, PrefillRequest, SamplingParams, TokenEvent
+from prfaas.services.engine.prefix_store import Hold
 from prfaas.services.engine.transformers.engine import TransformersEngine
 from prfaas.transport.api import KvDestination, KvPiece, KvReceiver, Reserve, TransferReport, TransferSpec
 from prfaas.transport.endpoint import KvEndpoint
@@ -188,11 +189,23 @@ class Pair:
 
 @dataclass
 class Journey:
-    """One request through both regions: what decode said, what prefill said last, the transfer's receiving half."""
+    """One request through both regions: what decode said, what prefill said last, the transfer's receiving half, and
+    how many tokens each side held of it. done, receiver: None where decode held everything."""
 
     answer: Answer
-    done: PrefillDone
-    receiver: KvReceiver
+    done: PrefillDone | None
+    receiver: KvReceiver | None
+    prefill_held: int
+    decode_held: int
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of KV, as the prefill side counts them."""
+        return 0 if self.done is None else self.done.reports[0].raw_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        return 0 if self.receiver is None else self.receiver.report.raw_bytes
 
 
 class Regions:
@@ -204,28 +217,39 @@ class Regions:
         self._sending, self._receiving = ends
         self._requests = 0
 
-    async def generate(self, prompt: Sequence[int], max_output_tokens: int) -> Journey:
-        """Greedy. The prompt has two tokens at least: one needs no prefill."""
+    async def generate(self, prompt: Sequence[int], max_output_tokens: int, *, reuse: bool = False) -> Journey:
+        """Greedy. The prompt has two tokens at least: one needs no prefill. reuse: of what both sides hold, as the
+        nodes do it; a prompt that decode holds whole needs neither prefill nor transfer."""
         self._requests += 1
+        held, holding = (self._hold(engine, prompt, reuse) for engine in (self.prefill, self.decode))
+        start = 0 if holding is None else holding.tokens
         spec = transfer_spec(
             self.decode,
             len(prompt),
             max_output_tokens,
             transfer_id=f"{self._requests:032x}",
             request_id=f"r{self._requests}",
+            tokens=TokenRange(start, len(prompt) - 1),
         )
+        request = DecodeRequest(spec.request_id, prompt, max_output_tokens, GREEDY, hold=holding)
+        if not spec.tokens.tokens:
+            if held is not None:
+                held.release()
+            return Journey(await collect(self.decode.decode(request, [])), None, None, start, start)
         ticket, receiver = self._receiving.receiver(spec)
-        request = DecodeRequest(spec.request_id, prompt, max_output_tokens, GREEDY)
         decoding = self.decode.decode(request, [receiver])
         sender = self._sending.sender(ticket, "decode", self._receiving.addresses)
-        prefilling = asyncio.ensure_future(
-            collect(self.prefill.prefill(PrefillRequest(spec.request_id, prompt), [sender]))
-        )
+        job = PrefillRequest(spec.request_id, prompt, hold=held)
+        prefilling = asyncio.ensure_future(collect(self.prefill.prefill(job, [sender])))
         answer = await collect(decoding)
         done = (await prefilling).events[-1]
         assert isinstance(done, PrefillDone)
         assert done.reports[0].raw_bytes == self.decode.info.layout.total_bytes(spec.tokens)
-        return Journey(answer, done, receiver)
+        return Journey(answer, done, receiver, 0 if held is None else held.tokens, start)
+
+    @staticmethod
+    def _hold(engine: TransformersEngine, prompt: Sequence[int], reuse: bool) -> Hold | None:
+        return engine.prefixes.hold(prompt[:-1]) if reuse and engine.prefixes is not None else None
 
 
 @asynccontextmanager
@@ -253,6 +277,7 @@ async def regions(
         yield Regions(prefill, decode, ends)
         for engine in (prefill, decode):
             assert engine.load().free_kv_bytes == engine.info.arena_bytes
+            assert engine.prefixes is None or engine.prefixes.pool.pinned_bytes == 0
     finally:
         for end in ends:
             await end.aclose()
@@ -263,8 +288,11 @@ async def regions(
 MIB = 1 << 20
 
 
+DEFAULTS: dict[str, Any] = {"dtype": "float32", "arena_bytes": 64 * MIB, "prefix_bytes": 4 * MIB}
+
+
 async def started(**settings: Any) -> TransformersEngine:
-    engine = TransformersEngine(EngineConfig(**({"dtype": "float32", "arena_bytes": 64 * MIB} | settings)))
+    engine = TransformersEngine(EngineConfig(**(DEFAULTS | settings)))
     await engine.start()
     return engine
 

@@ -206,12 +206,12 @@ async def test_two_shards(pair: Any, toolbox: Any) -> None:
 
 
 async def test_a_prefix_that_decode_does_not_hold_is_refused(pair: Any, toolbox: Any) -> None:
-    """There is no prefix pool yet: a range that starts late would leave a hole."""
+    """A range that starts behind what this request holds would leave a hole."""
     spec = toolbox.transfer_spec(pair.decode, len(PROMPT), 8, tokens=TokenRange(64, 149))
     transfer = toolbox.Loopback(pair.decode.info.layout, spec)
-    with pytest.raises(EngineError, match="it holds no prefix"):
+    with pytest.raises(EngineError, match=r"holds 0 and needs \[0, 149\)"):
         await toolbox.collect(pair.decode.decode(request(8), [transfer]))
-    with pytest.raises(EngineError, match="it holds no prefix"):
+    with pytest.raises(EngineError, match=r"holds 0 and needs \[0, 149\)"):
         await transfer.open()
 
 

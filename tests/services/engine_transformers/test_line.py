@@ -35,6 +35,17 @@ def test_slots_are_filled_in_order() -> None:
     assert line.queued_tokens == 3000
 
 
+def test_a_copied_prefix_says_nothing_of_the_speed() -> None:
+    """A turn that copied what is held computed no tokens: when the next one's turn comes is reckoned as before."""
+    line = PrefillLine(1)
+    running, first = Item(90), Item(500)
+    line.join(running)
+    line.stepped(100, 0.1)
+    line.stepped(0, 10.0)
+    line.join(first)
+    assert first.near, "0.09 s at 1,000 tokens/s"
+
+
 def test_open_goes_out_shortly_before_the_turn() -> None:
     """A waiting prefill is told when what is left before it takes no longer than its lead; the one behind it later."""
     line = PrefillLine(1)

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import torch
 from prfaas.common.config import TransportConfig
+from prfaas.common.kv_layout import TokenRange
 from prfaas.services.engine.api import DecodeRequest
 
 pytestmark = [
@@ -67,7 +68,9 @@ def expected(smollm2_dir: Path, prompts: list[list[int]]) -> Iterator[Future[lis
 async def regions(smollm2_dir: Path, toolbox: Any) -> AsyncIterator[Any]:
     """The node's own settings of the transport, over TCP."""
     transport = TransportConfig(bind="127.0.0.1:0")
-    async with toolbox.regions(transport, model=str(smollm2_dir), arena_bytes=640 * MIB) as regions:
+    async with toolbox.regions(
+        transport, model=str(smollm2_dir), arena_bytes=640 * MIB, prefix_bytes=256 * MIB
+    ) as regions:
         yield regions
 
 
@@ -102,3 +105,23 @@ async def test_eight_at_once(
     found = (await asyncio.gather(*reversed(requests)))[::-1]
     for (length, _), tokens, right in zip(CASES, found, await asyncio.wrap_future(expected), strict=True):
         assert tokens == right, f"{length} tokens"
+
+
+async def test_a_second_turn(regions: Any, toolbox: Any, smollm2_dir: Path) -> None:
+    """A conversation of 2,000 tokens goes on: the second turn computes and sends its increment alone (bytes counted on
+    both sides), and says token for token what it says without a cache."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json")).encode(TEXT * 60).ids[50:]
+    layout, block = regions.decode.info.layout, regions.decode.prefixes.block_tokens
+    first = await regions.generate(ids[:2000], 48, reuse=True)
+    assert (first.prefill_held, first.decode_held) == (0, 0)
+    prompt = [*ids[:2000], *first.answer.token_ids, *ids[2300:2400]]
+    second = await regions.generate(prompt, 24, reuse=True)
+    assert second.prefill_held == 1999 // block * block
+    assert second.decode_held == 2047 // block * block
+    increment = layout.total_bytes(TokenRange(second.decode_held, len(prompt) - 1))
+    assert second.sent_bytes == second.received_bytes == increment
+    assert increment < first.sent_bytes / 10
+    assert second.done.reports[0].wire_bytes < first.done.reports[0].wire_bytes / 10
+    assert second.answer.token_ids == (await regions.generate(prompt, 24)).answer.token_ids
