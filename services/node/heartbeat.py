@@ -84,8 +84,10 @@ class RouterLink:
         try:
             while True:
                 await self._beat(timeout_s=self._dead_s / 2)
+                # Not wait_for: until Python 3.12 it loses a cancel that comes together with what it waits for.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._now.wait(), self._heartbeat_s)
+                    async with asyncio.timeout(self._heartbeat_s):
+                        await self._now.wait()
                 self._now.clear()
         finally:
             self._stop_clock()

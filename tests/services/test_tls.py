@@ -256,7 +256,8 @@ async def test_a_router_sends_no_prompt_to_a_node_with_another_s_certificate(clu
     """d2 listens where d1 said it does: the router's TLS handshake ends it, before anything is sent."""
     node = await cluster.node("decode", "d2")
     await until(lambda: cluster.registered("d2"))
-    message = msgspec.structs.replace(node._heartbeat(None), node="d1", url=node.url, leaving=False)
+    [link] = node._links.values()
+    message = msgspec.structs.replace(node._heartbeat(link), node="d1", url=node.url, leaving=False)
     assert (await cluster.call(cluster.url, "nodes/heartbeat", message, "d1"))[0] == 200
     from prfaas.services.router.upstream import Nodes, NodeUnreachableError
 
