@@ -61,6 +61,9 @@ async def test_a_run_against_two_regions_fills_the_whole_report(cluster, tmp_pat
     assert (offload["known"], offload["offloaded"]) == (24, len(long))
     assert {row["index"] for row in rows if row["offloaded"]} == {row["index"] for row in long}
     assert offload["reasons"]["offloaded"] == len(long)
+    assert offload["prefill_regions"] == {"dense": len(long), "home": 24 - len(long)}
+    assert {row["decode_region"] for row in rows} == {"home"}
+    assert all(row["decision"].startswith("uncached=") for row in rows)
     assert offload["transfers"] == len(long)
     assert offload["kv_wire_bytes"] > 0
     assert offload["kv_raw_bytes"] == sum(row["kv_raw_bytes"] for row in long)
