@@ -356,8 +356,8 @@ async def test_a_prefill_that_loses_its_transfer_keeps_what_there_is(
     tiny_model: Callable[[str], Path], toolbox: Any, no_cache: Any
 ) -> None:
     """The next one of the same prompt starts from the steps that were computed."""
-    prompt = prompt_of(15, 900)
-    async with two_regions(tiny_model("llama"), toolbox) as regions:
+    prompt = prompt_of(15, 2500)
+    async with two_regions(tiny_model("llama"), toolbox, prefix_bytes=6000 * KIB) as regions:
         pair = toolbox.Pair(regions.prefill, regions.decode)
         transfer = pair.loopback(len(prompt), 8)
         decoding = regions.decode.decode(DecodeRequest("r", prompt, 8, toolbox.GREEDY), [transfer])
