@@ -354,6 +354,8 @@ FLAG_ALIASES: Mapping[str, str] = {
     "--log-level": "log.level",
     "--log-format": "log.format",
 }
+RARE_FLAGS = frozenset({"--profile", "--time-scale", "--bytes-scale"})
+"""Short names that only --help-all lists."""
 ROUTER_FLAG_ALIASES: Mapping[str, str] = {
     **{flag: key for flag, key in FLAG_ALIASES.items() if key.split(".")[0] in ("cluster", "log")},
     "--name": "router.name",

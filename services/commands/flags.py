@@ -67,7 +67,7 @@ def add_config_flags(parser: Parser, aliases: Mapping[str, str], *, show_all: bo
     parser.add_argument("--config", metavar="FILE", help="TOML file of the cluster; flags and PRFAAS_* win over it")
     known = settings.keys()
     for flag, key in aliases.items():
-        _add(parser, flag, key, known[key], show=True)
+        _add(parser, flag, key, known[key], show=show_all or flag not in settings.RARE_FLAGS)
     for key, spec in known.items():
         flag = long_flag(key)
         if flag not in aliases:
