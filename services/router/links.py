@@ -8,7 +8,9 @@ for each pair of regions
     while a session is busy (half its bandwidth or more is used):
         estimate = max(carried, that session's bandwidth)              up and down, as the link does
     else
-        estimate = max(estimate, carried, the session's bandwidth)     an idle link can only turn out to be wider
+        estimate = max(estimate, carried, the session's bandwidth)     an idle link can only turn out to be wider, and
+                                                                       only by a bandwidth that is news: what a session
+                                                                       measured long ago says nothing of the link now
 
 and utilisation = carried / estimate. A pair that nobody has measured has the assumed bandwidth: unknown doesn't mean
 that there is no link. The same inside a region (the diagonal), for fetches between its nodes.
@@ -43,6 +45,8 @@ class Links:
         self.assumed_bytes_per_s = assumed_bytes_per_s
         self.columns = LinkColumns.none(0)
         self._heard: dict[int, Heard] = {}
+        self._said: dict[int, dict[str, float]] = {}
+        """By row: the bandwidth that each of its sessions has reported last, by peer."""
         self._carried = np.zeros((0, 0))
         self._reported = np.zeros((0, 0))
         self._own = np.zeros((0, 0))
@@ -80,7 +84,9 @@ class Links:
 
     def heard(self, row: int, source: int, links: Iterable[tuple[int, LinkMessage]]) -> None:
         """One node's heartbeat: its sessions, each with the region of the peer."""
+        before = self._said.pop(row, {})
         self.forget_node(row, source)
+        said = self._said[row] = {}
         now: Heard = {}
         estimates: dict[int, tuple[float, float]] = {}
         for target, link in links:
@@ -90,7 +96,10 @@ class Links:
             busiest, widest = estimates.get(target, (0.0, 0.0))
             if using >= BUSY:
                 busiest = max(busiest, link.bandwidth_bytes_per_s)
-            estimates[target] = busiest, max(widest, link.bandwidth_bytes_per_s)
+            said[link.peer] = link.bandwidth_bytes_per_s
+            if before.get(link.peer) != link.bandwidth_bytes_per_s:
+                widest = max(widest, link.bandwidth_bytes_per_s)
+            estimates[target] = busiest, widest
             if link.rtt_s > 0:
                 self._saw_rtt((source, target), link.rtt_s)
         self._heard[row] = now
@@ -107,6 +116,7 @@ class Links:
 
     def forget_node(self, row: int, source: int) -> None:
         """It is gone, or reports anew. What was measured of the links stays."""
+        self._said.pop(row, None)
         for target, (carried, queued) in self._heard.pop(row, {}).items():
             pair = source, target
             self._carried[pair] = max(0.0, self._carried[pair] - carried)

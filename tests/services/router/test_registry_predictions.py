@@ -288,6 +288,18 @@ def test_the_estimate_follows_a_link_that_narrows_and_widens() -> None:
     assert between(registry, "bandwidth_bytes_per_s") == pytest.approx(1e9)
 
 
+def test_what_an_idle_session_measured_long_ago_does_not_widen_a_link() -> None:
+    """It says the same again in every heartbeat, while the busy one finds the link narrow."""
+    registry = two_regions()
+    for _ in range(3):
+        linked(registry, "p2", bandwidth_bytes_per_s=1e9, utilisation=0.0)
+        linked(registry, "p", bandwidth_bytes_per_s=1e7, utilisation=1.0)
+    linked(registry, "p2", bandwidth_bytes_per_s=1e9, utilisation=0.0)
+    assert between(registry, "bandwidth_bytes_per_s") == pytest.approx(1e7)
+    linked(registry, "p2", bandwidth_bytes_per_s=5e7, utilisation=0.1)
+    assert between(registry, "bandwidth_bytes_per_s") == pytest.approx(5e7)
+
+
 def test_a_node_that_goes_takes_its_traffic_along() -> None:
     """What was measured of the link stays."""
     registry = two_regions()
