@@ -88,7 +88,14 @@ def main() -> None:
     model = str(ensure_model(given.model))
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
-            "transformers", model, given.dtype, given.rate_mbit, given.delay_ms, secrets.token_hex(16), Path(folder)
+            "transformers",
+            model,
+            given.dtype,
+            given.rate_mbit,
+            given.delay_ms,
+            secrets.token_hex(16),
+            Path(folder),
+            {"PRFAAS_ENGINE_PREFIX_BYTES": "256M"},
         )
         with running(plan) as cluster:
             demo = Demo(parser().parse_args([]), Console(quiet=True), cluster)

@@ -143,7 +143,9 @@ class Cluster:
         self.plan = plan
         self.ports = Ports.free()
         self._children: dict[str, Child] = {}
-        self._env = {**plan.settings, **_inherited(), "PRFAAS_CLUSTER_SECRET": plan.secret, "OMP_NUM_THREADS": "1"}
+        # One prompt is asked again and again in different modes: none may begin with what another left in a cache.
+        own = {"PRFAAS_ENGINE_PREFIX_BYTES": "0", **plan.settings}
+        self._env = {**own, **_inherited(), "PRFAAS_CLUSTER_SECRET": plan.secret, "OMP_NUM_THREADS": "1"}
 
     @property
     def router_url(self) -> str:
