@@ -66,20 +66,27 @@ class Streams:
         body = {"model": "emulated", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
         text, ends, finish = "", 0, []
         async with self.gate:
-            post = self.cluster.session.post(self.cluster.router_url + "/v1/completions", json=body)
-            async with post as response:
-                assert response.status == 200, await response.text()
-                self.request_ids.append(response.headers["x-request-id"])
-                async for line in response.content:
-                    if line == b"data: [DONE]\n":
-                        ends += 1
-                    elif line.startswith(b"data: "):
-                        chunk = json.loads(line[6:])
-                        assert "error" not in chunk, f"{chunk}\n{self.cluster.logs()}"
-                        text += chunk["choices"][0]["text"]
-                        finish += [chunk["choices"][0]["finish_reason"]] * bool(chunk["choices"][0]["finish_reason"])
-                        self.chunks += 1
-                        self.news.set()
+            while True:
+                post = self.cluster.session.post(self.cluster.router_url + "/v1/completions", json=body)
+                async with post as response:
+                    if response.status == 503:
+                        # It hasn't begun: with all decode nodes in trouble a client is told when to come again.
+                        await asyncio.sleep(float(response.headers["retry-after"]))
+                        continue
+                    assert response.status == 200, await response.text()
+                    self.request_ids.append(response.headers["x-request-id"])
+                    async for line in response.content:
+                        if line == b"data: [DONE]\n":
+                            ends += 1
+                        elif line.startswith(b"data: "):
+                            chunk = json.loads(line[6:])
+                            assert "error" not in chunk, f"{chunk}\n{self.cluster.logs()}"
+                            [choice] = chunk["choices"]
+                            text += choice["text"]
+                            finish += [choice["finish_reason"]] * bool(choice["finish_reason"])
+                            self.chunks += 1
+                            self.news.set()
+                    break
         return text, ends, finish
 
     async def until(self, chunks):
@@ -90,7 +97,7 @@ class Streams:
 
 
 async def disturb(cluster, streams, rng):
-    """One trouble after the other, at random points of what has been delivered; never the last decode node."""
+    """One trouble after the other, at random points of what has been delivered; one decode node at a time."""
     total = STREAMS * TOKENS
     points = sorted(rng.randrange(total // 20, total * 3 // 4) for _ in range(12))
     troubles = ["kill", "stop", "cut"] * 4
@@ -98,6 +105,8 @@ async def disturb(cluster, streams, rng):
     done = []
     for point, trouble in zip(points, troubles, strict=True):
         await streams.until(point)
+        # A stream that begins while no decode node is there is refused, which is no continuation.
+        await cluster.wait_for(lambda m: usable(m, "decode") == len(DECODES))
         name = rng.choice([*CUT] if trouble == "cut" else [*PREFILLS, *DECODES])
         process = cluster.processes[CUT[name] if trouble == "cut" else name]
         if trouble == "stop":
