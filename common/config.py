@@ -179,6 +179,43 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannerConfig:
+    """The slow planner in the router, with router.policy = adaptive: common/scheduling/slow_planner.py and
+    conversion.py say what each is for."""
+
+    mode: Literal["convert", "threshold", "off"] = setting(
+        "convert",
+        "plan the threshold and nodes' roles; the threshold alone, roles are only shown; or nothing",
+    )
+    period_s: float = setting(60.0, "time between two plans", _between(0.1, 86400))
+    min_gain: float = setting(
+        0.05, "least relative rise of the requests/s carried that is worth a conversion", _between(0, 10)
+    )
+    switch_s: float = setting(
+        60.0, "how long a node that converts is expected to serve in neither role", _between(0, 3600)
+    )
+    horizon_s: float = setting(
+        1800.0, "a load is expected to last so long; the cost must come back within it", _between(1, 604800)
+    )
+    confirmations: int = setting(2, "plans in a row that must want the same direction", _between(1, 100))
+    cool_down_s: float = setting(
+        300.0, "from a region's last conversion, or the router's start, to the next one", _between(0, 86400)
+    )
+    max_nodes: int = setting(1, "most nodes that one plan converts", _between(1, 4096))
+    busy_utilisation: float = setting(0.85, "a stage as busy as this needs nodes, 0 to 1", _between(0, 1))
+    busy_queue_s: float = setting(5.0, "and so does one whose queue takes so long", _between(0, 3600))
+    demand_s: float = setting(600.0, "requests of so long a time make the mix that is planned for", _between(1, 604800))
+    min_requests: int = setting(100, "with fewer of them nothing is planned", _between(1, 4096))
+    tpot_limit_s: float = setting(
+        0.0, "longest decode step that a plan may count on; 0 = that of a full batch", _between(0, 60)
+    )
+    drain_s: float = setting(300.0, "a node whose requests don't end within so long keeps its role", _between(0, 86400))
+    lease_s: float = setting(
+        15.0, "how long the nodes' grant to the one router that plans lasts; some heartbeats", _between(0.5, 600)
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     name: str = setting("", "the node's name, unique in the cluster; empty = <role>-<random>")
     region: str = setting("local", "the region that the node is in")
@@ -324,6 +361,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
     node: NodeConfig = field(default_factory=NodeConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)

@@ -9,6 +9,7 @@ PrfaasError
 │   ├── AuthenticationError  401
 │   ├── ModelNotFoundError   404
 │   ├── PayloadTooLargeError 413
+│   ├── ConflictError        409, it doesn't go with what is under way
 │   └── UnsupportedError     400, a feature that this engine does not have
 ├── UnavailableError         nobody can serve this now (503, with retry_after_s)
 │   └── TooLateError         nobody would be in time for its deadline (429, with retry_after_s)
@@ -80,6 +81,12 @@ class ModelNotFoundError(RequestError):
 
 class PayloadTooLargeError(RequestError):
     status = 413
+
+
+class ConflictError(RequestError):
+    """What is asked for doesn't go with what is under way, or isn't the caller's to ask."""
+
+    status = 409
 
 
 class UnsupportedError(RequestError):

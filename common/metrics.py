@@ -74,6 +74,21 @@ class RouterMetrics:
         self.inflight_requests = Gauge("prfaas_router_inflight_requests", "Requests in flight", registry=registry)
         self.nodes = Gauge("prfaas_router_nodes", "Nodes by role and state", ["role", "state"], registry=registry)
         self.heartbeats = Counter("prfaas_router_heartbeats", "Heartbeats by outcome", ["outcome"], registry=registry)
+        self.plans = Counter(
+            "prfaas_router_plans",
+            "Plans of the slow planner, one a home region: convert, or why nothing is converted",
+            ["region", "reason"],
+            registry=registry,
+        )
+        self.role_calls = Counter(
+            "prfaas_router_role_calls",
+            "Nodes told to change role, by their answer",
+            ["role", "outcome"],
+            registry=registry,
+        )
+        self.planner_lease = Gauge(
+            "prfaas_router_planner_lease", "1: this router holds the planner's lease", registry=registry
+        )
 
 
 class NodeMetrics:
@@ -121,6 +136,18 @@ class NodeMetrics:
         )
         self.leases_freed = Counter(
             "prfaas_node_leases_freed", "Requests freed without their client's word", ["reason"], registry=registry
+        )
+        self.role_changes = Counter(
+            "prfaas_node_role_changes",
+            "Changes of role that have ended, by the role asked for: done, or given_up (what ran took too long)",
+            ["role", "outcome"],
+            registry=registry,
+        )
+        self.drain_seconds = Histogram(
+            "prfaas_node_drain_seconds",
+            "From the call to change role to the end of the last request",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
         )
         self.heartbeats = Counter(
             "prfaas_node_heartbeats", "Heartbeats sent, by outcome", ["outcome"], registry=registry

@@ -22,6 +22,7 @@ commands:
   decode      a node that receives KVCache and generates
   doctor      checks this machine and a configuration, and names the mend
   profile     measures this machine's engine, for the planner
+  plan-live   what a running router would do about nodes' roles, and why
   certs init  makes a private CA and node certificates for TLS
   capture-kv  the KV of a prompt, computed by the real model, in a file
   bench link  how fast KV lanes move bytes here
@@ -76,6 +77,12 @@ def _profile(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _plan_live(argv: Sequence[str]) -> int:
+    from prfaas.services.commands.plan_live import main
+
+    return main(argv)
+
+
 def _capture_kv(argv: Sequence[str]) -> int:
     from prfaas.services.commands.capture_kv import main
 
@@ -126,6 +133,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "doctor": _doctor,
     "profile": _profile,
+    "plan-live": _plan_live,
     "capture-kv": _capture_kv,
     "bench": _bench,
     "certs": _certs,

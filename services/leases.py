@@ -48,19 +48,29 @@ class Lease:
 
 
 class Leases:
-    def __init__(self) -> None:
+    """role: the only one that calls are taken for."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
         self._held: set[Lease] = set()
         self._changed = asyncio.Event()
         self._refusing = False
 
-    def hold(self, router: str, request: web.Request) -> Lease:
-        """Raises UnavailableError once `refuse_new` was called."""
+    def hold(self, router: str, request: web.Request, role: str) -> Lease:
+        """Raises UnavailableError for another role, and from `refuse_new` to `take_new`."""
         if self._refusing:
             raise UnavailableError("this node is draining; ask another one")
+        if role != self.role:
+            raise UnavailableError(f"this node's role is {self.role} now, not {role}; ask another one")
         return Lease(self, router, request)
 
     def refuse_new(self) -> None:
         self._refusing = True
+
+    def take_new(self, role: str) -> None:
+        """In this role, after `refuse_new`."""
+        self.role = role
+        self._refusing = False
 
     def __len__(self) -> int:
         return len(self._held)

@@ -4,6 +4,8 @@ version N and N−1 can talk). ARCHITECTURE.md, "Between the services", draws wh
     node   -> router   POST /nodes/heartbeat   Heartbeat        -> HeartbeatAnswer
     router -> decode   POST /decode            DecodeCall       -> SSE, first event `ticket`: TicketEvent
     router -> prefill  POST /prefill           PrefillCall      -> SSE, last event `done`: PrefillResult, or `error`
+    router -> node     POST /role              RoleCall         -> RoleAnswer, at once; the rest is in heartbeats
+    command -> router  GET /plan               PlanReport
 
 The decode node's SSE: `event: ticket` first (token range empty or local prefill: a ticket of ""),
 `: ping` every 2 s, before each `data:` line one comment `: ids 12,345` with the token ids of its text, before the end
@@ -98,6 +100,14 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of the node's NodeProfile: a hash of its file's bytes; "": it has none."""
     profile: str = ""
     """The file itself (common/perfmodel/profiles.py), sent when the last answer wanted it."""
+    next_role: str = ""
+    """It is draining to change into this role; "": it isn't."""
+    planner_holder: str = ""
+    """The router to which this node has granted the planner's lease (common/scheduling/planner_lease.py); "": none."""
+    planner_bid_s: float = 0.0
+    """By that router's bid of this instant of its clock."""
+    nodes_counted: int = 0
+    """The most nodes that a router says there are."""
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -120,6 +130,119 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """This router doesn't know the profile with this id."""
     routers: list[str] = []
     """This address is shared by several routers, none of which has registered the node: heartbeat to these."""
+    nodes: int = 0
+    """That this router knows, lost ones included."""
+    planner_bid: str = ""
+    """It asks for the planner's lease under this name, as of `answered_s`; "": it doesn't."""
+    planner_lease_s: float = 0.0
+
+
+class RoleCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Take nothing new, let what runs end, then serve the other role."""
+
+    router: str
+    planner: str
+    """The name under which that router holds the planner's lease: a node obeys nobody else."""
+    role: str
+    reason: str = ""
+    """For the node's log."""
+    drain_s: float = 300.0
+    """If what runs hasn't ended by then, the node goes on in its old role."""
+
+
+class RoleAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """state: serving (it has this role already) | draining (it will have it)."""
+
+    state: str
+    role: str
+    """That it was asked for."""
+    running_requests: int = 0
+    """That must end first."""
+
+
+class PlannerStanding(msgspec.Struct, frozen=True):
+    """The planner's lease, as one router sees it. router: who has it or is about to get it, "": nobody. mine: this
+    router has it. grants: of nodes, to this router; `needed` are a majority."""
+
+    router: str
+    mine: bool
+    grants: int
+    needed: int
+
+
+class PlanFigures(msgspec.Struct, frozen=True):
+    """common/scheduling/planner.py's Plan. threshold_tokens None: nothing is offloaded."""
+
+    threshold_tokens: float | None
+    n_prfaas: int
+    n_prefill: int
+    n_decode: int
+    requests_per_s: float
+    """Most that the cluster carries so."""
+    bottleneck: str
+    share_offloaded: float
+    egress_bytes_per_s: float
+    link_utilisation: float
+    decode_step_s: float
+
+
+class ChangingNode(msgspec.Struct, frozen=True):
+    node: str
+    role: str
+    next_role: str
+
+
+class RegionPlan(msgspec.Struct, frozen=True):
+    """Of a region that decodes: what is, and what a plan made now would be."""
+
+    region: str
+    prefill_nodes: int
+    decode_nodes: int
+    changing: list[ChangingNode]
+    to_prefill: int
+    """Nodes that would go from decode to prefill now; negative: the other way."""
+    wanted_to_prefill: int
+    """The same, were there no reason against it."""
+    reason: str
+    why: str
+    """In a sentence."""
+    gain: float | None
+    """Relative rise of the requests/s that would be carried; None: from nothing."""
+    requests_per_s: float
+    """That come to this router."""
+    prefill_utilisation: float
+    prefill_queue_s: float
+    decode_utilisation: float
+    decode_queue_s: float
+    threshold_tokens: float | None
+    """That holds now, None: nothing is offloaded; it moves about the planned one."""
+    planned_threshold_tokens: float | None
+    next_plan_in_s: float
+    cool_down_left_s: float
+    plan: PlanFigures | None
+    """None: nothing could be planned."""
+
+
+class PastDecision(msgspec.Struct, frozen=True):
+    at_s: float
+    """Unix time."""
+    region: str
+    reason: str
+    to_prefill: int
+    why: str
+
+
+class PlanReport(msgspec.Struct, frozen=True):
+    """GET /plan. mode: planner.mode. why_off: "": this router plans."""
+
+    router: str
+    at_s: float
+    mode: str
+    why_off: str
+    period_s: float
+    lease: PlannerStanding
+    regions: list[RegionPlan]
+    history: list[PastDecision]
 
 
 class SamplingMessage(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -25,8 +25,21 @@ from prfaas.common.errors import InfeasibleError
 from prfaas.common.scheduling.planner import LIVE, Demand, HomePool, OffloadPool, Plan, PlannerSettings, plan
 
 Reason = Literal[
-    "convert", "not_due", "balanced", "not_needed", "gain_too_small", "cost_too_high", "confirming", "cooling_down"
+    "convert",
+    "not_due",
+    "balanced",
+    "not_needed",
+    "gain_too_small",
+    "cost_too_high",
+    "confirming",
+    "cooling_down",
+    "converting",
+    "not_the_planner",
+    "roles_fixed",
 ]
+Hindrance = Literal["converting", "not_the_planner", "roles_fixed"]
+"""Why the caller can't convert just now: a node is still changing its role; another router holds the planner's lease;
+roles are not to be planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +106,14 @@ class ConversionState:
 class ConversionDecision:
     """to_prefill: home nodes to convert from decode to prefill; negative: the other way; 0: none. plan: what holds now
     (or after the conversion), with its threshold; None when no plan was due. gain: relative rise of Λ_max that the
-    conversion would bring. reason: one word for logs and metrics."""
+    conversion would bring. wanted: what to_prefill is or, were there no reason against it, would be. reason: one word
+    for logs and metrics."""
 
     to_prefill: int
     reason: Reason
     plan: Plan | None = None
     gain: float = 0.0
+    wanted: int = 0
 
 
 def decide(
@@ -112,8 +127,10 @@ def decide(
     decode: StageLoad,
     settings: ConversionSettings = ConversionSettings(),
     planner: PlannerSettings = LIVE,
+    hindrance: Hindrance | None = None,
 ) -> tuple[ConversionState, ConversionDecision]:
-    """The state to keep, and what to do. `home.nodes` counts nodes that serve, `n_prefill` of them prefill.
+    """The state to keep, and what to do. `home.nodes` counts nodes that serve, `n_prefill` of them prefill. hindrance:
+    nothing is converted, whatever is planned.
 
     Raises InfeasibleError when no split can serve the demand at all, ConfigError as `plan` does.
     """
@@ -134,9 +151,12 @@ def decide(
     away_s = settings.switch_s * abs(step) / home.nodes
     if reason is None and (carried_after - carried_now) * settings.horizon_s <= carried_now * away_s:
         reason = "cost_too_high"
+    reason = reason or hindrance
     if reason is not None:
-        return state, ConversionDecision(0, reason, now, gain)
-    return replace(state, converted_s=now_s, direction=0, agreed=0), ConversionDecision(step, "convert", after, gain)
+        return state, ConversionDecision(0, reason, now, gain, step)
+    return replace(state, converted_s=now_s, direction=0, agreed=0), ConversionDecision(
+        step, "convert", after, gain, step
+    )
 
 
 def _against(

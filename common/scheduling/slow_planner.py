@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from prfaas.common.scheduling.conversion import (
     ConversionDecision,
     ConversionSettings,
     ConversionState,
+    Hindrance,
     StageLoad,
     decide,
 )
@@ -74,6 +75,8 @@ class SlowDecision:
     prefill: StageLoad
     decode: StageLoad
     detail: str = ""
+    wanted: int = 0
+    """What to_prefill would be, were there no reason against it."""
 
     def sentence(self) -> str:
         """For a log or a person."""
@@ -87,16 +90,23 @@ class SlowDecision:
         after = f"{self.n_prefill + self.to_prefill} : {self.n_decode - self.to_prefill}"
         if self.to_prefill:
             return f"{split} becomes {after}: it carries {self.gain:+.0%} requests; {stages}"
-        return f"{split} stays: {_WHY.get(self.reason, self.reason)}; {stages}"
+        better = ""
+        if self.wanted:
+            other = f"{self.n_prefill + self.wanted} : {self.n_decode - self.wanted}"
+            better = f" ({other} would carry {self.gain:+.0%})"
+        return f"{split} stays{better}: {_WHY.get(self.reason, self.reason)}; {stages}"
 
 
 _WHY = {
     "balanced": "no other split carries more",
     "not_needed": "the stage that would gain nodes is not the busier one",
-    "gain_too_small": "another split would carry too little more",
+    "gain_too_small": "that is too little",
     "cost_too_high": "a conversion would cost more than it brings back in time",
-    "confirming": "another split carries more; the next plan must say so, too",
-    "cooling_down": "another split carries more; the last conversion is too recent",
+    "confirming": "the next plan must say so, too",
+    "cooling_down": "the last conversion is too recent",
+    "converting": "a node is still changing its role",
+    "not_the_planner": "another router plans, or none has the lease",
+    "roles_fixed": "nodes keep their roles (planner.mode)",
     "too_few_requests": "too few requests to know their lengths",
     "no_profile": "there is no profile of the nodes",
     "infeasible": "no split serves these requests",
@@ -113,6 +123,12 @@ class _Home:
     stepped_s: float = -math.inf
     observed: int = 0
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
+    """Of the looks since the last step: utilisation and queue of prefill, and of decode."""
+    means: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
+    """Of the looks before it."""
+
+    def loads(self) -> NDArray[np.float64]:
+        return self.sums / self.observed if self.observed else self.means
 
 
 @dataclass(slots=True)
@@ -145,22 +161,36 @@ class SlowPlanner:
     def due(self, now_s: float) -> bool:
         return any(self._is_due(home, now_s) for home in self._homes.values())
 
-    def step(self, cluster: ClusterSnapshot) -> list[SlowDecision]:
-        """The decisions that are due now, one a home region; the state goes on as if each was carried out."""
+    def step(
+        self, cluster: ClusterSnapshot, hindrance: Callable[[int], Hindrance | None] = lambda region: None
+    ) -> list[SlowDecision]:
+        """The decisions that are due now, one a home region; the state goes on as if each was carried out. hindrance:
+        why a region's nodes can't change their role now, if they can't."""
         made = []
         for region in home_regions(cluster):
             home = self._homes.setdefault(region, _Home())
             if self._is_due(home, cluster.now_s):
-                made.append(self._decide(cluster, region, home))
-                home.stepped_s, home.observed, home.sums = cluster.now_s, 0, np.zeros(4)
+                made.append(self._decide(cluster, region, home, hindrance(region)))
+                home.means, home.stepped_s, home.observed, home.sums = home.loads(), cluster.now_s, 0, np.zeros(4)
         return made
 
-    def preview(self, cluster: ClusterSnapshot, region: int) -> SlowDecision:
+    def preview(self, cluster: ClusterSnapshot, region: int, hindrance: Hindrance | None = None) -> SlowDecision:
         """What `step` would decide were it due now, and nothing changes."""
         kept = self._homes.get(region, _Home())
         state = ConversionState(-math.inf, kept.state.converted_s, kept.state.direction, kept.state.agreed)
-        copy = _Home(state, kept.threshold_tokens, kept.stepped_s, kept.observed, kept.sums)
-        return self._decide(cluster, region, copy)
+        copy = replace(kept, state=state)
+        return self._decide(cluster, region, copy, hindrance)
+
+    def begin(self, region: int, now_s: float) -> None:
+        """Remember nothing of a home region, not even whether somebody converted nodes there a moment ago: it is
+        taken for so."""
+        self._homes[region] = _Home(ConversionState(converted_s=now_s))
+
+    def converted(self, region: int, now_s: float) -> None:
+        """A node there has changed its role, whoever told it to: the load is to be seen with the new split first."""
+        home = self._homes.setdefault(region, _Home())
+        home.state = ConversionState(home.state.planned_s, now_s)
+        home.observed, home.sums = 0, np.zeros(4)
 
     def cool_down_left_s(self, region: int, now_s: float) -> float:
         """Until the next conversion may follow the last one."""
@@ -169,12 +199,19 @@ class SlowPlanner:
             return 0.0
         return max(0.0, home.state.converted_s + self.settings.conversion.cool_down_s - now_s)
 
+    def next_step_in_s(self, region: int, now_s: float) -> float:
+        """Until the next decision is due."""
+        home = self._homes.get(region)
+        if home is None:
+            return 0.0
+        return max(0.0, home.stepped_s + self.settings.conversion.period_s - now_s)
+
     def _is_due(self, home: _Home, now_s: float) -> bool:
         return home.observed > 0 and now_s >= home.stepped_s + self.settings.conversion.period_s * (1 - 1e-9)
 
-    def _decide(self, cluster: ClusterSnapshot, region: int, home: _Home) -> SlowDecision:
-        sums = home.sums / max(1, home.observed)
-        prefill, decode = StageLoad(float(sums[0]), float(sums[1])), StageLoad(float(sums[2]), float(sums[3]))
+    def _decide(self, cluster: ClusterSnapshot, region: int, home: _Home, hindrance: Hindrance | None) -> SlowDecision:
+        loads = home.loads().tolist()
+        prefill, decode = StageLoad(*loads[:2]), StageLoad(*loads[2:])
         n_prefill, n_decode = (int(_rows(cluster, region, role).size) for role in (ROLE_PREFILL, ROLE_DECODE))
         arrivals = self._recent(cluster.now_s, region)
         span_s = cluster.now_s - arrivals[0][0] if arrivals else 0.0
@@ -185,7 +222,7 @@ class SlowPlanner:
             threshold = self._news(home, made.plan)
             return SlowDecision(
                 region, made.to_prefill, reason, threshold, made.plan, made.gain, n_prefill, n_decode, rate, prefill,
-                decode, detail,
+                decode, detail, made.wanted,
             )  # fmt: skip
 
         if len(arrivals) < self.settings.min_requests:
@@ -209,14 +246,16 @@ class SlowPlanner:
                 decode,
                 self.settings.conversion,
                 self.settings.planner,
+                hindrance,
             )
         except (InfeasibleError, ConfigError) as error:
             return answer("infeasible", detail=str(error))
         return answer(decision.reason, decision)
 
     def _news(self, home: _Home, plan: Plan | None) -> float | None:
-        """The plan's threshold, if the fast policy should hear of it."""
-        if plan is None:
+        """The plan's threshold, if the fast policy should hear of it. Where decode nodes prefill what stays at home,
+        the plan says nothing of it: it has that stage do nothing."""
+        if plan is None or not plan.n_prefill:
             return None
         old, new = home.threshold_tokens, plan.threshold_tokens
         if old == new or abs(new - old) <= self.settings.threshold_change * old:
@@ -235,16 +274,20 @@ class SlowPlanner:
     def _offload(self, cluster: ClusterSnapshot, home: int, requests: int) -> list[OffloadPool]:
         """Prefill nodes elsewhere that this region can be sent KV from; its share of them, at least one node each."""
         share = requests / max(1, len(self._arrivals)) if len(home_regions(cluster)) > 1 else 1.0
+        away = [pool for pool in cluster.pools(ROLE_PREFILL) if pool.region != home]
+        usable = [int(np.count_nonzero(cluster.usable[pool.rows])) for pool in away]
+        in_region: dict[int, int] = {}
+        for pool, nodes in zip(away, usable, strict=True):
+            in_region[pool.region] = in_region.get(pool.region, 0) + nodes
         pools = []
-        for pool in cluster.pools(ROLE_PREFILL):
-            bandwidth = float(cluster.links.bandwidth_bytes_per_s[pool.region, home]) if pool.region != home else 0.0
-            usable = int(np.count_nonzero(cluster.usable[pool.rows]))
-            if not usable or bandwidth <= 0:
+        for pool, nodes in zip(away, usable, strict=True):
+            bandwidth = float(cluster.links.bandwidth_bytes_per_s[pool.region, home])
+            if not nodes or bandwidth <= 0:
                 continue
-            nodes = max(1, round(usable * share))
-            rtt_s = float(cluster.links.rtt_s[pool.region, home])
-            link = LinkProfile(bandwidth * share, rtt_s)
-            pools.append(OffloadPool(cluster.profiles[pool.profile], nodes, link))
+            # Nodes with another profile in the same region share its link.
+            carried = bandwidth * share * nodes / in_region[pool.region]
+            link = LinkProfile(carried, float(cluster.links.rtt_s[pool.region, home]))
+            pools.append(OffloadPool(cluster.profiles[pool.profile], max(1, round(nodes * share)), link))
         return pools
 
 
@@ -270,6 +313,12 @@ def stage_loads(cluster: ClusterSnapshot, region: int, output_tokens: float) -> 
     waiting = float(cluster.waiting_requests[rows].sum())
     step_s = profiles[0].step_s(profiles[0].max_batch, 0.0) if profiles[0].decode_step_s is not None else 0.0
     return prefill, StageLoad(min(1.0, running / places), waiting / places * output_tokens * step_s)
+
+
+def to_convert(cluster: ClusterSnapshot, region: int, to_role: int) -> NDArray[np.int64]:
+    """The usable nodes of a region that have the other role, the one first that is drained soonest."""
+    rows = np.flatnonzero((cluster.role != to_role) & (cluster.region == region) & cluster.usable)
+    return rows[np.argsort(cluster.inflight_requests[rows], kind="stable")]
 
 
 def _rows(cluster: ClusterSnapshot, region: int, role: int) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prfaas.common.errors import ConfigError
 from prfaas.common.scheduling.routes import fetch_seconds
-from prfaas.common.scheduling.slow_planner import SlowDecision, SlowPlanner
+from prfaas.common.scheduling.slow_planner import SlowDecision, SlowPlanner, to_convert
 from prfaas.common.scheduling.types import (
     ROLE_DECODE,
     ROLE_PREFILL,
@@ -647,9 +647,7 @@ class Simulation:
     def _begin_role_change(self, change: RoleChange, now_s: float) -> None:
         snapshot = self.snapshot
         region, to_role = snapshot.region_names.index(change.region), ROLES[change.to_role]
-        rows = np.flatnonzero((snapshot.role != to_role) & (snapshot.region == region) & snapshot.usable)
-        order = np.argsort(snapshot.inflight_requests[rows], kind="stable")
-        for row in rows[order][: change.nodes].tolist():
+        for row in to_convert(snapshot, region, to_role)[: change.nodes].tolist():
             snapshot.usable[row] = False
             self._draining[row] = to_role
             self._check_drained(row, now_s)

@@ -68,7 +68,7 @@ class DecodeService:
         self._check(call)
         response = SseResponse(request, self.config.ping_s)
         decode = _Decode(self, call, received_s, response)
-        async with self.leases.hold(call.router, request) as lease, aclosing(decode):
+        async with self.leases.hold(call.router, request, "decode") as lease, aclosing(decode):
             await decode.begin()
             async with response:
                 outcome = "cancelled"

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import secrets
 import signal
+import time
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -17,6 +18,7 @@ from prfaas.common.config import Config, EngineConfig, parse_address
 from prfaas.common.errors import ConfigError, UnavailableError
 from prfaas.common.metrics import Metrics
 from prfaas.common.prefixcache.sizes import CacheSizes
+from prfaas.common.scheduling.planner_lease import NodeCount
 from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.decode.handler import DecodeService
@@ -26,6 +28,7 @@ from prfaas.services.leases import Leases
 from prfaas.services.messages import Heartbeat, HeartbeatAnswer, KvAddressMessage, LinkMessage, LoadMessage
 from prfaas.services.node.heartbeat import RouterLink
 from prfaas.services.node.news import PoolNews, ProfileNews
+from prfaas.services.node.roles import Roles
 from prfaas.services.prefill.handler import PrefillService
 from prfaas.transport.api import KvAddress, LinkClock
 from prfaas.transport.endpoint import KvEndpoint
@@ -47,19 +50,29 @@ class Node:
 
     def __init__(self, config: Config, role: str, engine: Engine) -> None:
         self.config = config
-        self.role = role
         self.engine = engine
         self.tls = services_tls.open_tls(config.tls, "node.name", config.node.name, role)
         certified = self.tls.identity.name if self.tls is not None else ""
         self.name = config.node.name or certified or f"{role}-{secrets.token_hex(4)}"
         self.epoch = secrets.token_hex(8)
         self.metrics = Metrics()
-        self.leases = Leases()
+        self.leases = Leases(role)
         self.draining = False
         self.leaving = False
         self.url = ""
         self.secret = services_web.read_secret(config.cluster)
         self._signer = services_web.Signer.of(self.secret, config.cluster)
+        self.roles = Roles(
+            self.name,
+            role,
+            self.leases,
+            self.metrics.node,
+            self._signer,
+            self.tls,
+            self._why_not_change,
+            self._beat_now,
+        )
+        self._nodes = NodeCount()
         self._links: dict[str, RouterLink] = {}
         self._beating: dict[str, asyncio.Task[None]] = {}
         self._shared: dict[str, list[str]] = {}
@@ -69,10 +82,22 @@ class Node:
         self._pool: PoolNews | None = None
         self._started = False
 
+    @property
+    def role(self) -> str:
+        return self.roles.role
+
     def why_not_ready(self) -> str | None:
         if not self._started:
             return "the engine is starting"
+        if self.roles.next_role and not self.draining:
+            return f"draining to become a {self.roles.next_role} node"
         return "draining" if self.draining else self.engine.failure
+
+    def _why_not_change(self) -> str | None:
+        """Its role."""
+        if self.draining or self.leaving:
+            return "this node is leaving"
+        return "the engine of this node has failed" if self.engine.failure is not None else None
 
     async def start(self) -> None:
         """The engine loads its model, the KV endpoint listens. Raises ConfigError, ModelRefusedError."""
@@ -185,6 +210,7 @@ class Node:
     async def leave(self) -> None:
         """The last heartbeats; no more follow."""
         self.leaving = True
+        await self.roles.stop()
         for task in self._beating.values():
             task.cancel()
         if self._beating:
@@ -196,6 +222,7 @@ class Node:
     async def drain(self, drain_s: float) -> None:
         """Take nothing new, let what runs go on for `drain_s`, then cancel it."""
         self.draining = True
+        await self.roles.stop()
         self.leases.refuse_new()
         self._beat_now()
         _log.info("draining", node=self.name, running=len(self.leases), drain_s=drain_s)
@@ -216,6 +243,7 @@ class Node:
 
     def _heartbeat(self, link: RouterLink) -> Heartbeat:
         info, load, clock = self.engine.info, self.engine.load(), link.clock
+        now_s = time.monotonic()
         self._profile.take(self.engine.profile)
         heartbeat = Heartbeat(
             node=self.name,
@@ -239,7 +267,7 @@ class Node:
                 load.waiting_requests,
             ),
             # To a router it is the same: nothing new here, what runs ends by itself (a failed engine has ended it all).
-            draining=self.draining or self.engine.failure is not None,
+            draining=self.draining or bool(self.roles.next_role) or self.engine.failure is not None,
             leaving=self.leaving,
             clock_offset_s=clock.offset_s if clock is not None else 0.0,
             clock_error_s=clock.error_s if clock is not None else 1e9,
@@ -248,6 +276,10 @@ class Node:
             routers=max(1, sum(each.answering for each in self._links.values())),
             profile_id=self._profile.id,
             profile=self._profile.file if link.wants_profile else "",
+            next_role=self.roles.next_role,
+            planner_holder=self.roles.grant.to(now_s),
+            planner_bid_s=self.roles.grant.bid_s,
+            nodes_counted=self._nodes.most(now_s),
         )
         if self._pool is None or self.leaving:
             return heartbeat
@@ -266,6 +298,10 @@ class Node:
         if answer.wants_profile and not link.wants_profile:
             link.beat_now()
         link.wants_profile = answer.wants_profile
+        now_s = time.monotonic()
+        self._nodes.told(answer.router, answer.nodes, now_s)
+        if answer.planner_bid:
+            self.roles.asked(answer, now_s)
         sends = self.role == "prefill"
         if sends != (self.config.transport.dial == "sender"):
             return  # the other side dials
@@ -292,6 +328,7 @@ def make_app(config: Config, role: str, engine: Engine) -> web.Application:
     app[NODE] = node
     app.router.add_post("/prefill", node.prefill)
     app.router.add_post("/decode", node.decode)
+    app.router.add_post("/role", node.roles.handle)
     app.cleanup_ctx.append(_running)
     return app
 

@@ -48,7 +48,7 @@ class PrefillService:
         log.bind_request(call.request_id)
         response = SseResponse(request, self.config.ping_s)
         prefill = _Prefill(self, call, received_s, response)
-        async with self.leases.hold(call.router, request) as lease, aclosing(prefill):
+        async with self.leases.hold(call.router, request, "prefill") as lease, aclosing(prefill):
             await prefill.begin()
             async with response:
                 outcome = "cancelled"

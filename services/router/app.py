@@ -38,9 +38,11 @@ from prfaas.services.router import processes
 from prfaas.services.router.decision import make_policy, read_wishes
 from prfaas.services.router.dispatch import Dispatcher, Job
 from prfaas.services.router.openai import GenerationRequest, Kind
+from prfaas.services.router.planning import Planning
 from prfaas.services.router.prefixes import Prefixes, tenant_of
 from prfaas.services.router.prompts import Prompts
 from prfaas.services.router.registry import ROLES, Registry
+from prfaas.services.router.roles import RoleCalls
 from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
@@ -70,8 +72,9 @@ class Router:
     policy: AdmittingPolicy
     registry: Registry
     prefixes: Prefixes
+    planning: Planning
+    metrics: Metrics
     tls: Tls | None = None
-    metrics: Metrics = field(default_factory=Metrics)
     started_at_s: int = field(default_factory=lambda: int(time.time()))
     refused: dict[str, str] = field(default_factory=dict)
     """Nodes whose heartbeats are refused, and why: logged once, not every two seconds."""
@@ -323,10 +326,28 @@ async def heartbeat(http: web.Request) -> web.Response:
     outcomes.labels("accepted").inc()
     if registered.news is not None:
         logger.info("node", news=registered.news, node=message.node, role=message.role, region=message.region)
-    peers = router.registry.peers_of(message, received_s)
-    wants_profile = not message.profile and router.registry.wants_profile(message)
-    prefix_next = None if registered.node is None else router.prefixes.heard(registered.node.row, message)
-    return json_response(HeartbeatAnswer(router.name, received_s, time.monotonic(), peers, prefix_next, wants_profile))
+    if registered.news == "converted" and registered.node is not None:
+        router.planning.converted(registered.node, received_s)
+    return json_response(
+        HeartbeatAnswer(
+            router.name,
+            received_s,
+            time.monotonic(),
+            router.registry.peers_of(message, received_s),
+            None if registered.node is None else router.prefixes.heard(registered.node.row, message),
+            not message.profile and router.registry.wants_profile(message),
+            nodes=len(router.registry),
+            planner_bid=router.planning.bid(),
+            planner_lease_s=router.planning.config.lease_s,
+        )
+    )
+
+
+async def plan(http: web.Request) -> web.Response:
+    """PlanReport: what the slow planner would do now, and why."""
+    router = http.app[ROUTER]
+    router.authenticate(http)
+    return json_response(router.planning.report(router.registry.snapshot(time.monotonic()), time.time()))
 
 
 def _came_to_shared_port(http: web.Request, config: RouterConfig) -> bool:
@@ -357,15 +378,21 @@ def make_app(config: Config) -> web.Application:
         raise ConfigError(["router.model_path is not set: the router needs the model's tokenizer"])
     secret = services_web.read_secret(config.cluster)
     prefixes = Prefixes(config.router.prefix_index_blocks)
+    policy, metrics = make_policy(config.router), Metrics()
+    registry = Registry(config.router.assumed_link_gbps * 1e9 / 8, np.random.default_rng(), prefixes.forget)
+    name = processes.name_of(config.router)
+    holder = f"{name}/{secrets.token_hex(4)}"
     router = Router(
         config=config.router,
         secret=secret,
         api_keys=read_api_keys(config.router),
         signer=Signer.of(secret, config.cluster),
         prompts=Prompts(load_tokenizer(config.router.model_path), config.router.tokenizer_threads),
-        policy=make_policy(config.router),
-        registry=Registry(config.router.assumed_link_gbps * 1e9 / 8, np.random.default_rng(), prefixes.forget),
+        policy=policy,
+        registry=registry,
         prefixes=prefixes,
+        planning=Planning(config.planner, name, holder, registry, policy, metrics.router),
+        metrics=metrics,
         tls=services_tls.open_tls(config.tls, "router.name", config.router.name, "router"),
     )
     app = services_web.make_app(
@@ -383,6 +410,7 @@ def make_app(config: Config) -> web.Application:
     app.router.add_get("/version", show_version)
     app.router.add_post("/tokenize", tokenize)
     app.router.add_get("/requests/{request_id}/timeline", timeline)
+    app.router.add_get("/plan", plan)
     app.router.add_post("/nodes/heartbeat", heartbeat)
     _count_nodes(router)
     return app
@@ -392,31 +420,37 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     router = app[ROUTER]
     async with services_web.client_session() as session:
         app[SESSION] = session
+        nodes = Nodes(session, router.signer, router.tls, router.config.node_silent_s)
+        roles = RoleCalls(router.planning, nodes, router.metrics.router)
         app[DISPATCHER] = Dispatcher(
             router.name,
-            Nodes(session, router.signer, router.tls, router.config.node_silent_s),
+            nodes,
             router.registry,
             router.policy,
             router.metrics.router,
             app[TIMELINES],
             router.prefixes,
+            router.planning,
             router.config.decode_attempts,
             router.config.continue_wait_s,
         )
-        adapting = asyncio.create_task(_adapting(router))
+        adapting = asyncio.create_task(_adapting(router, roles))
         yield
         adapting.cancel()
         await asyncio.wait([adapting])
+        await roles.close()
     router.prompts.close()
 
 
-async def _adapting(router: Router) -> None:
-    """Once a second: thresholds follow load and links, and the gauges follow both."""
+async def _adapting(router: Router, roles: RoleCalls) -> None:
+    """Once a second: thresholds follow load and links, roles the plan, and the gauges all of it."""
     while True:
         await asyncio.sleep(ADAPT_S)
         now_s = time.monotonic()
         cluster = router.registry.snapshot(now_s)
         policy, metrics = router.policy, router.metrics.router
+        for order in router.planning.tick(cluster, time.time()):
+            roles.begin(order)
         if isinstance(policy, AdaptiveThreshold):
             policy.adapt(now_s, cluster)
             for region in {pool.region for pool in cluster.pools(ROLE_DECODE)}:

@@ -38,6 +38,7 @@ from prfaas.services.messages import (
 from prfaas.services.router.decision import NO_WISHES, Wishes, fetch_from, in_words, refusal, region_index, shares
 from prfaas.services.router.node_stream import DONE, Batch, response_body, usage_event
 from prfaas.services.router.openai import GenerationRequest
+from prfaas.services.router.planning import Planning
 from prfaas.services.router.prefixes import Prefixes
 from prfaas.services.router.prompts import Prompt
 from prfaas.services.router.registry import Node, Registry
@@ -120,6 +121,7 @@ class Progress:
     attempt: Attempt | None = None
     fallbacks: list[str] = field(default_factory=list)
     decode_attempts: int = 0
+    prefill_refused: bool = False
     prefill_gave_up: bool = False
     response: web.StreamResponse | None = None
     """Set when the first byte is about to leave: from here on the output can only be continued."""
@@ -161,6 +163,7 @@ class Dispatcher:
         metrics: RouterMetrics,
         timelines: Timelines,
         prefixes: Prefixes,
+        planning: Planning,
         decode_attempts: int = 5,
         continue_wait_s: float = 20.0,
         now_s: Callable[[], float] = time.monotonic,
@@ -172,6 +175,7 @@ class Dispatcher:
         self.metrics = metrics
         self.timelines = timelines
         self.prefixes = prefixes
+        self.planning = planning
         self.decode_attempts = decode_attempts
         """Decode nodes that a request may try, those included that it has lost in the middle of its output."""
         self.continue_wait_s = continue_wait_s
@@ -201,6 +205,7 @@ class Dispatcher:
             async with self._deadline(job):
                 response = await self._until_done(http, job, progress)
             progress.outcome = "done"
+            self.planning.ended(job.max_output_tokens, progress.output_tokens)
             return response
         except (asyncio.CancelledError, ConnectionError):  # nodes' broken connections are NodeCallErrors by now
             progress.outcome = "cancelled"
@@ -300,6 +305,8 @@ class Dispatcher:
         request = self._request(job, progress, cluster, now_s)
         answer = self.policy(request, cluster)
         self.metrics.decision_seconds.observe(time.perf_counter() - began_s)
+        if progress.attempt is None:
+            self.planning.arrived(request, answer, cluster)
         if isinstance(answer, Refused):
             self.metrics.decisions.labels(f"refused_{answer.reason}").inc()
             logger.info(
@@ -345,11 +352,17 @@ class Dispatcher:
         )
 
     def _may_repeat(self, attempt: Attempt, progress: Progress, error: NodeCallError) -> bool:
-        """Prefill's failures, and the decode node's with prefill elsewhere: once more, prefilled locally. A decode
-        node that is gone or refuses: once more on another one. A mistake of the client's is everywhere the same."""
+        """Prefill's failures, and the decode node's with prefill elsewhere: once more, prefilled locally. A node that
+        is gone or refuses, but a prefill node that is gone: once more on another one. A mistake of the client's is
+        everywhere the same."""
         if error.is_clients_fault and error.node is attempt.decode:
             return False
         if error.node is attempt.prefill:
+            if isinstance(error, NodeRefusedError) and not error.is_clients_fault and not progress.prefill_refused:
+                # It drains, to leave or to take another role, and nothing is lost yet.
+                self.registry.unreachable(error.node, self.now_s())
+                progress.prefill_refused = True
+                return True
             progress.prefill_gave_up = True
             return True
         progress.decode_attempts += 1

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from prfaas.common.errors import RequestError
+from prfaas.common.scheduling.planner_lease import MAX_HOLDER, Vote
 from prfaas.common.scheduling.types import ROLE_DECODE, ROLE_PREFILL, ClusterSnapshot
 from prfaas.services.messages import Heartbeat, KvAddressMessage, LinkMessage, LoadMessage, Peer
 from prfaas.services.router.links import Links
@@ -103,6 +104,13 @@ class Node:
     """Slot in the snapshot's profiles."""
     profile_id: str = ""
     routers: int = 1
+    next_role: str = ""
+    """It is draining to take this one; "": it isn't."""
+    planner_holder: str = ""
+    planner_bid_s: float = 0.0
+    """To whom it has granted the planner's lease, by the bid of when (the holder's clock)."""
+    nodes_counted: int = 0
+    """The most nodes that a router has told it of."""
 
     def state(self, now_s: float) -> str:
         if self.lease_until_s <= now_s:
@@ -395,6 +403,25 @@ class Registry:
         """A call to it was answered."""
         node.failures = 0
 
+    # -- roles -------------------------------------------------------------------------------------------------------
+
+    def votes(self, now_s: float) -> list[Vote]:
+        """Of all nodes, those included that were lost lately: to whom each has granted the planner's lease."""
+        return [
+            Vote(node.planner_holder, node.planner_bid_s, node.nodes_counted, node.lease_until_s > now_s)
+            for node in self._by_name.values()
+        ]
+
+    def changing(self, region: str, now_s: float) -> list[Node]:
+        """Nodes there that are about to take another role."""
+        nodes = self._by_name.values()
+        return [node for node in nodes if node.region == region and node.next_role and node.lease_until_s > now_s]
+
+    def changes_role(self, node: Node, role: str) -> None:
+        """It has been told to, and said yes: known before its next heartbeat."""
+        node.next_role, node.draining = role, True
+        self._admit(node)
+
     def _count_load(self, node: Node, load: LoadMessage) -> None:
         snapshot, row, now_s = self._snapshot, node.row, self._snapshot.now_s
         prefill = node.role == "prefill"
@@ -445,6 +472,10 @@ class Registry:
             return None
         return "no usable decode node"
 
+    def __len__(self) -> int:
+        """Of all nodes, those included that were lost lately."""
+        return len(self._by_name)
+
     def count(self, role: str, state: str, now_s: float) -> int:
         return sum(node.role == role and node.state(now_s) == state for node in self._by_name.values())
 
@@ -469,6 +500,7 @@ def _checked(message: Heartbeat) -> tuple[int, URL]:
         raise RequestError(f"max_model_tokens must be from 1 to {MAX_COUNT}", param="max_model_tokens")
     if not all(0 <= count <= MAX_COUNT for count in msgspec.structs.astuple(message.load)):
         raise RequestError(f"load must hold counts from 0 to {MAX_COUNT}", param="load")
+    _check_roles(message)
     try:
         url = URL(message.url)
         good = url.scheme in ("http", "https") and url.host is not None
@@ -477,6 +509,13 @@ def _checked(message: Heartbeat) -> tuple[int, URL]:
     if not good:
         raise RequestError(f"url must look like http://host:port, not {message.url[:200]!r}", param="url")
     return ROLES[message.role], url
+
+
+def _check_roles(message: Heartbeat) -> None:
+    if message.next_role not in ("", *ROLES) or not 0 <= message.nodes_counted <= MAX_NODES:
+        raise RequestError(f"next_role is no role, or nodes_counted is not from 0 to {MAX_NODES}", param="next_role")
+    if len(message.planner_holder) > MAX_HOLDER or not 0 <= message.planner_bid_s <= MAX_COUNT:
+        raise RequestError("planner_holder is too long, or planner_bid_s is no time", param="planner_holder")
 
 
 def _is_sane(link: LinkMessage) -> bool:
@@ -491,6 +530,9 @@ def _renew(node: Node, message: Heartbeat, url: URL, now_s: float) -> None:
     node.layout_hash, node.max_model_tokens = message.layout_hash, message.max_model_tokens
     node.clock_error_s = message.clock_error_s
     node.routers = message.routers
+    node.next_role = message.next_role
+    node.planner_holder, node.planner_bid_s = message.planner_holder, message.planner_bid_s
+    node.nodes_counted = message.nodes_counted
     node.draining = message.draining
     node.reachable = now_s >= node.retry_at_s
     node.lease_until_s = now_s + LEASE_S

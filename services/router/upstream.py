@@ -14,7 +14,7 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 from prfaas.common.errors import PrfaasError, ProtocolError
-from prfaas.services.messages import ErrorBody, ErrorDetail, PrefillCall, PrefillResult
+from prfaas.services.messages import ErrorBody, ErrorDetail, PrefillCall, PrefillResult, RoleAnswer, RoleCall
 from prfaas.services.router.node_stream import Batch, NodeStream
 from prfaas.services.router.registry import Node
 from prfaas.services.web import CONNECT_TIMEOUT_S, Signer, signed_post, why_not_connected
@@ -154,6 +154,13 @@ class Nodes:
 
     async def call(self, node: Node, path: str, body: bytes, request_id: str) -> NodeCall:
         """Raises NodeUnreachableError, NodeRefusedError."""
+        response = await self._post(node, path, body, request_id)
+        if self._next_look is None:
+            self._look_later()
+        return NodeCall(node, response, self._unclosed)
+
+    async def _post(self, node: Node, path: str, body: bytes, request_id: str) -> aiohttp.ClientResponse:
+        """Answered with 200. Raises NodeUnreachableError, NodeRefusedError."""
         try:
             async with asyncio.timeout(self._silent_s + len(body) / SLOWEST_UPLOAD_BYTES_S):
                 response = await signed_post(
@@ -170,9 +177,7 @@ class Nodes:
         if response.status != 200:
             with closing(response):
                 raise await _refusal(node, response)
-        if self._next_look is None:
-            self._look_later()
-        return NodeCall(node, response, self._unclosed)
+        return response
 
     def _look_later(self) -> None:
         self._next_look = asyncio.get_running_loop().call_later(LOOK_S, self._look)
@@ -198,6 +203,17 @@ class Nodes:
         if result is None:
             raise NodeUnreachableError(node, "it ended its stream before it was done")
         return result
+
+    async def change_role(self, node: Node, call: RoleCall) -> RoleAnswer:
+        """Raises NodeCallError. Cancelled: the node may have begun to change."""
+        body = msgspec.json.encode(call)
+        with closing(await self._post(node, "/role", body, "")) as response:
+            try:
+                async with asyncio.timeout(self._silent_s):
+                    data = await response.content.read(MAX_ERROR_BYTES)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise NodeUnreachableError(node, why_not_connected(error)) from error
+        return decode_event(node, data, RoleAnswer)
 
     def _url(self, node: Node, path: str) -> URL:
         """Parsed once a node: yarl takes 10 µs to join."""

@@ -8,7 +8,7 @@ from prfaas.common.perfmodel.links import LinkProfile
 from prfaas.common.perfmodel.profiles import shipped
 from prfaas.common.scheduling.conversion import ConversionSettings
 from prfaas.common.scheduling.planner import PlannerSettings
-from prfaas.common.scheduling.slow_planner import SlowPlanner, SlowSettings, home_regions, stage_loads
+from prfaas.common.scheduling.slow_planner import SlowPlanner, SlowSettings, home_regions, stage_loads, to_convert
 from prfaas.common.scheduling.types import ROLE_DECODE, ROLE_PREFILL, ClusterSnapshot, LinkColumns
 from prfaas.loadgen.workloads.lengths import PAPER_INPUT_LENGTHS
 
@@ -192,3 +192,72 @@ def test_a_region_without_prefill_nodes_looks_at_those_that_it_offloads_to():
 def test_settings_without_sense(wrong):
     with pytest.raises(ValueError, match="must be"):
         SlowSettings(**wrong)
+
+
+def test_what_hinders_a_conversion_is_said_and_the_plan_goes_on() -> None:
+    """The threshold is that of the split that stays; what would be better is told; nothing cools down."""
+    made = planner()
+    seen = cluster(1, 7, prefill_wait_s=8.0, running=5)
+    made.observe(seen)
+    (decision,) = made.step(seen, lambda region: "not_the_planner")
+    assert (decision.to_prefill, decision.wanted, decision.reason) == (0, 1, "not_the_planner")
+    assert decision.plan.n_prefill == 1
+    assert decision.threshold_tokens == decision.plan.threshold_tokens
+    assert "1 : 7 stays (2 : 6 would carry +" in decision.sentence()
+    later = cluster(1, 7, now_s=120.0, prefill_wait_s=8.0, running=5)
+    assert decide(made, later).reason == "convert"
+
+
+def test_other_reasons_come_before_a_hindrance() -> None:
+    """A router without the lease that would not convert anyway says why."""
+    made = planner(ConversionSettings(confirmations=2, cool_down_s=0.0))
+    seen = cluster(1, 7, prefill_wait_s=8.0, running=5)
+    made.observe(seen)
+    (decision,) = made.step(seen, lambda region: "converting")
+    assert decision.reason == "confirming"
+
+
+def test_a_region_that_begins_and_one_that_was_converted_cool_down() -> None:
+    """By whomever; looks at the load before it count no more."""
+    made = planner(ConversionSettings(confirmations=1, cool_down_s=300.0))
+    busy = {"prefill_wait_s": 8.0, "running": 5}
+    made.begin(HOME, 60.0)
+    assert decide(made, cluster(1, 7, **busy)).reason == "cooling_down"
+    assert made.cool_down_left_s(HOME, 100.0) == 260.0
+    for i, tokens in enumerate(paper_lengths(400)):
+        made.arrived(300.0 + i / 7, tokens, 1024, tokens, HOME)
+    made.observe(cluster(1, 7, now_s=350.0, **busy))
+    made.converted(HOME, 355.0)
+    seen = cluster(1, 7, now_s=361.0)
+    decision = decide(made, seen)
+    assert decision.prefill.utilisation == 0.0
+    assert made.cool_down_left_s(HOME, 361.0) == 294.0
+
+
+def test_a_preview_after_a_step_tells_of_the_load_before_it() -> None:
+    """Rather than of no load."""
+    made = planner()
+    seen = cluster(prefill_wait_s=10.0, running=20)
+    decide(made, seen)
+    assert made.preview(seen, HOME).prefill.queue_s == 10.0
+
+
+def test_nodes_with_profiles_of_their_own_share_the_link_of_their_region() -> None:
+    """Four nodes measured one by one carry what four of one kind do."""
+    one = cluster(0, 8, away=4, gbps=2.0)
+    measured = cluster(0, 8, away=4, gbps=2.0)
+    measured.profiles.extend([shipped("paper-h200")] * 3)
+    measured.profile[-3:] = [2, 3, 4]
+    plans = [decide(planner(), seen).plan for seen in (one, measured)]
+    assert plans[1].egress_bytes_per_s == pytest.approx(plans[0].egress_bytes_per_s, rel=0.01)
+    assert plans[1].lambda_max == pytest.approx(plans[0].lambda_max, rel=0.01)
+
+
+def test_the_node_that_is_drained_soonest_is_converted_first() -> None:
+    """Of the region's usable nodes in the other role."""
+    seen = cluster(2, 3)
+    seen.inflight_requests[:] = [9, 9, 5, 1, 3, 0, 0, 0, 0]
+    assert to_convert(seen, HOME, ROLE_PREFILL).tolist() == [3, 4, 2]
+    seen.usable[3] = False
+    assert to_convert(seen, HOME, ROLE_PREFILL).tolist() == [4, 2]
+    assert to_convert(seen, HOME, ROLE_DECODE).tolist() == [0, 1]

@@ -124,6 +124,10 @@ class FakeRouter:
     unlisted: set[str] = field(default_factory=set)
     """Nodes that answers don't name, as if their lease here had run out."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    planner_bid: str = ""
+    """Under which it asks for the planner's lease."""
+    planner_lease_s: float = 1.0
+    nodes: int = 0
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         received_s = time.monotonic()
@@ -137,7 +141,16 @@ class FakeRouter:
             if b.role != beat.role and b.node not in self.unlisted
         ]
         wants_profile = self.wants_profile and bool(beat.profile_id) and not beat.profile
-        answer = HeartbeatAnswer(self.name, received_s, time.monotonic(), peers, wants_profile=wants_profile)
+        answer = HeartbeatAnswer(
+            self.name,
+            received_s,
+            time.monotonic(),
+            peers,
+            wants_profile=wants_profile,
+            nodes=self.nodes,
+            planner_bid=self.planner_bid,
+            planner_lease_s=self.planner_lease_s,
+        )
         return web.Response(body=to_json(answer))
 
     async def saw(self, what: Callable[[Heartbeat], bool]) -> Heartbeat:

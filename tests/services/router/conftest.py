@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from prfaas.common.config import ClusterConfig, Config, RouterConfig
+from prfaas.common.config import ClusterConfig, Config, PlannerConfig, RouterConfig
 from prfaas.common.metrics import Metrics
 from prfaas.services import web as services_web
 from prfaas.services.messages import (
@@ -27,6 +27,8 @@ from prfaas.services.messages import (
     LoadMessage,
     PrefillCall,
     PrefillResult,
+    RoleAnswer,
+    RoleCall,
     TicketEvent,
 )
 from prfaas.services.router.app import ROUTER, make_app
@@ -83,6 +85,15 @@ class StubNode:
     max_model_tokens: int = 4096
     load: LoadMessage = field(default_factory=LoadMessage)
     refuse: tuple[int, Any] | None = None
+
+    role_answer: tuple[int, Any] = (200, RoleAnswer("draining", "prefill", 1))
+    role_calls: list[RoleCall] = field(default_factory=list)
+
+    async def handle_role(self, request: web.Request) -> web.Response:
+        self.role_calls.append(msgspec.json.decode(await request.read(), type=RoleCall))
+        self.called.set()
+        status, answer = self.role_answer
+        return services_web.json_response(answer, status=status)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -231,6 +242,7 @@ class Cluster:
         app = services_web.make_app(Metrics(), not_ready=lambda: None, max_body_bytes=64 << 20)
         app.router.add_post("/decode", node.handle)
         app.router.add_post("/prefill", node.handle)
+        app.router.add_post("/role", node.handle_role)
         listening = services_web.listening(app, "127.0.0.1:0", secret=b"", shutdown_s=0.05)
         host, port = await self._stack.enter_async_context(listening)
         node.url = f"http://{host}:{port}"
@@ -266,9 +278,11 @@ async def make_cluster() -> AsyncIterator[MakeCluster]:
     """`await make_cluster(api_keys=("k",), ...)`: settings of the router."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def make(**settings: Any) -> Cluster:
+        async def make(planner: PlannerConfig | None = None, **settings: Any) -> Cluster:
             router = dataclasses.replace(RouterConfig(model_path="bytes", max_body_bytes=200_000), **settings)
-            app = make_app(Config(router=router, cluster=ClusterConfig(secret=SECRET)))
+            app = make_app(
+                Config(router=router, planner=planner or PlannerConfig(), cluster=ClusterConfig(secret=SECRET))
+            )
             listening = services_web.listening(app, "127.0.0.1:0", secret=SECRET.encode(), shutdown_s=0.05)
             host, port = await stack.enter_async_context(listening)
             session = await stack.enter_async_context(services_web.client_session())

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import openai
 import pytest
+from prfaas.common.scheduling.least_loaded import LeastLoaded
+from prfaas.services.messages import LoadMessage
 from prfaas.services.router import upstream
 from prfaas.services.router.app import DISPATCHER
 
@@ -70,6 +72,31 @@ async def test_a_prefill_node_that_is_gone_is_left_alone_until_it_beats_again(cl
     asking = asyncio.create_task(cluster.post(PATH, CHAT))
     await scripts.within(prefill.called)
     asking.cancel()
+
+
+@pytest.mark.parametrize("refusing", [1, 2, 3])
+async def test_a_prefill_node_that_refuses_is_replaced_by_another(cluster: Any, scripts: Any, refusing: int) -> None:
+    """It drains, perhaps to take another role, and the router has not heard of it yet. Once; then decode prefills."""
+
+    async def decode(node: Any, call: Any, out: Any) -> None:
+        if not call.local_prefill:
+            await scripts.ticket(call, out)
+            await scripts.within(good.prefilled)
+        await (scripts.words(call, out, 0.0) if not call.local_prefill else scripts.answer(node, call, out))
+
+    refusal = (503, {"error": {"message": "draining", "type": "service_unavailable_error"}})
+    bad = [await cluster.add(f"p{i}", "prefill", refuse=refusal) for i in range(refusing)]
+    await cluster.add("d1", decode=decode)
+    good = await cluster.add("p9", "prefill")
+    cluster.app[DISPATCHER].policy = LeastLoaded(0)
+    await cluster.beat(good, load=LoadMessage(queued_requests=5, queued_tokens=5000))
+    status, _, headers = await cluster.post(PATH, CHAT)
+    assert status == 200
+    reason = "prefill_failed" if refusing > 1 else "offloaded"
+    assert headers["x-prfaas-reason"] == reason
+    assert headers.get("x-prfaas-prefill") == ("p9" if refusing == 1 else None)
+    assert sum(len(node.calls) for node in bad) == min(refusing, 2)
+    assert cluster.metric("prfaas_router_fallbacks_total", reason="prefill_refused") == min(refusing, 2)
 
 
 async def test_a_decode_node_that_is_gone_is_replaced_by_another(cluster: Any, scripts: Any) -> None:
