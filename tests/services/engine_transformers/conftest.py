@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ class Loopback:
         self.failed: Exception | None = None
         self.finished_timings: dict[str, Any] | None = None
         self.opens = 0
-        self.pieces: list[KvPiece] = []
+        self.left_s: dict[int, float] = {}
+        """When the first piece of each layer came."""
         self.opened = asyncio.Event()
         self.answer = asyncio.Event()
         self.answer.set()
@@ -81,7 +83,7 @@ class Loopback:
                 row[piece.offset_bytes : piece.offset_bytes + piece.data.nbytes] = piece.data
                 self.report.raw_bytes += piece.data.nbytes
                 self._missing[piece.layer] -= piece.data.nbytes
-                self.pieces.append(piece)
+                self.left_s.setdefault(piece.layer, time.monotonic())
                 if self._missing[piece.layer] == 0 and self.announce:
                     self._loop.call_soon_threadsafe(self._on_layer, piece.layer)
 

@@ -96,24 +96,26 @@ async def test_local_prefill_tells_its_times(engine: Any, toolbox: Any) -> None:
     assert timeline.queued_s <= timeline.started_s <= timeline.ended_s <= timeline.used_s[0]
 
 
-async def test_layers_leave_while_prefill_goes_on(pair: Any, toolbox: Any) -> None:
-    """Every layer of the first step has left before the second step; with send = after_prefill none has."""
-    for send, expected in (("layerwise", 4), ("after_prefill", 0)):
-        pair.prefill._desk = replace(pair.prefill._desk, config=replace(pair.prefill._desk.config, send=send))
-        transfer = pair.loopback(len(PROMPT), 4)
-        decoding = pair.decode.decode(request(4), [transfer])
+@pytest.mark.parametrize("send", ["layerwise", "after_prefill"])
+async def test_layers_leave_while_prefill_goes_on(pair: Any, toolbox: Any, send: str) -> None:
+    """Every layer of an early step has left before the last step; with send = after_prefill none has before its end."""
+    pair.prefill._desk = replace(pair.prefill._desk, config=replace(pair.prefill._desk.config, send=send))
+    transfer = pair.loopback(len(PROMPT), 4)
+    decoding = pair.decode.decode(request(4), [transfer])
+    with paused(pair.prefill):
         prefilling = pair.prefill.prefill(PrefillRequest("r", PROMPT), [transfer])
         await asyncio.wait_for(transfer.opened.wait(), WAIT_S)
-        first_layers = []
-        async for event in prefilling:
-            if isinstance(event, PrefillDone):
-                break
-            first_layers.append({piece.layer for piece in transfer.pieces})
-        assert len(first_layers[0]) >= expected
-        if send == "after_prefill":
-            assert not any(first_layers[:-1])
-        assert len((await toolbox.collect(decoding)).token_ids) == 4
-        await prefilling.aclose()
+    events = [event async for event in prefilling]
+    done = events[-1]
+    assert isinstance(done, PrefillDone)
+    assert len(events) == 5  # four steps, and the end
+    assert sorted(transfer.left_s) == [0, 1, 2, 3]
+    if send == "layerwise":
+        assert max(transfer.left_s.values()) < min(done.computed_s)
+    else:
+        assert min(transfer.left_s.values()) > max(done.computed_s)
+    assert len((await toolbox.collect(decoding)).token_ids) == 4
+    await prefilling.aclose()
 
 
 async def test_stop(engine: Any, toolbox: Any) -> None:
