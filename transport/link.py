@@ -2,9 +2,10 @@
 
 Bandwidth is delivered bytes over time, from one acknowledgement to a later one, as TCP's BBR takes it: of a chunk that
 left at s and was acknowledged at t, what was acknowledged between the last acknowledgement before s and t. It says
-something of the link only if the session had bytes for its lanes all the while. Where a lane found nothing to take (no
-KV is ready, the codec is slow, no credit is left, a cap holds it back) the rate is a lower bound, and only raises the
-estimate.
+something of the link only if the session had bytes for it all the while. Where a lane found nothing to take (no KV is
+ready, the codec is slow, no credit is left, a cap holds it back) and no more is under way than what fills the link, the
+rate is a lower bound, and only raises the estimate. What is under way counts, since send buffers and proxies take whole
+transfers: a link that has become slower would else never be seen full.
 
 Samples age by *busy* time, in which the lanes had enough to do: a link that sat idle is still what it was, and one that
 has changed is noticed after `WINDOW_S` of work at most.
@@ -33,6 +34,8 @@ POINT_S = 0.005
 SAMPLE_POINTS = 8
 """A rate spans at least so many acknowledgements (of those within `POINT_S` one): a chunk is the unit of delivery."""
 KEPT_POINTS = 4096
+FULL_S = 0.1
+"""A link is full while so much of what it carries, and two round trips' worth, is under way."""
 USE_S = 1.0
 """Utilisation is of the last so long."""
 LOSS_WINDOW_S = 10.0
@@ -85,9 +88,14 @@ class LinkEstimator:
         """Lower bounds, falling from the left to the right."""
         self._busy_s = 0.0
         self._now_s = -math.inf
+        self._hungry = True
+        """A lane found nothing to take."""
         self._starved = True
+        """And the link isn't full without."""
         self._starved_s = -math.inf
-        self._ready_bytes = 0
+        self._full_bytes = math.inf
+        """Under way, while the link is full; as of the last estimate."""
+        self._queued_bytes = 0
         self._in_flight_bytes = 0
         self._rtt_s = 0.0
         self._low_rtts: deque[tuple[float, float]] = deque()
@@ -115,25 +123,30 @@ class LinkEstimator:
             points.append(point)
         if len(points) > 2 * KEPT_POINTS:
             del points[:KEPT_POINTS]
+        self._in_flight_bytes = max(0, self._in_flight_bytes - wire_bytes)
+        self._look_if_starved()
         self._measure(sent_s, point)
 
     def starved(self, now_s: float) -> None:
         """A lane could take a chunk and there was none for it. Holds until `supplied`."""
         self._advance(now_s)
-        self._starved = True
-        self._starved_s = now_s
+        self._hungry = True
+        self._look_if_starved()
 
-    def supplied(self, now_s: float) -> None:
-        """A lane took a chunk."""
-        if self._starved:
+    def supplied(self, wire_bytes: int, now_s: float) -> None:
+        """A lane took chunks of so many bytes."""
+        self._in_flight_bytes += wire_bytes
+        if self._hungry:
             self._advance(now_s)
-            self._starved = False
+            self._hungry = self._starved = False
 
-    def queue(self, ready_bytes: int, in_flight_bytes: int, now_s: float) -> None:
-        """Bytes that wait for a lane, and bytes given to lanes and not acknowledged; now, at each tick."""
+    def queue(self, queued_bytes: int, in_flight_bytes: int, now_s: float) -> None:
+        """KV that is ready and not acknowledged, and bytes that lanes have taken and aren't acknowledged (chunks of
+        lanes that died are not among them any more); now, at each tick."""
         self._advance(now_s)
-        self._ready_bytes = ready_bytes
+        self._queued_bytes = queued_bytes
         self._in_flight_bytes = in_flight_bytes
+        self._look_if_starved()
 
     def ping(self, rtt_s: float, now_s: float) -> None:
         """A PING's round trip. One that can't be true is ignored."""
@@ -153,13 +166,14 @@ class LinkEstimator:
         self._advance(now_s)
         bandwidth = self._bandwidth(now_s)
         rtt_s, min_rtt_s = self._round_trip()
+        self._full_bytes = bandwidth * (FULL_S + 2 * min_rtt_s) if bandwidth else math.inf
         return LinkEstimate(
             bandwidth_bytes_per_s=bandwidth,
             rtt_s=rtt_s,
             min_rtt_s=min_rtt_s,
             loss=self._lanes.loss(),
             utilisation=self._utilisation(bandwidth, now_s),
-            queued_bytes=self._ready_bytes + self._in_flight_bytes,
+            queued_bytes=self._queued_bytes,
         )
 
     def wanted_lanes(self, current: int, low: int, high: int, now_s: float) -> int:
@@ -183,6 +197,13 @@ class LinkEstimator:
         elif now_s > self._now_s > -math.inf:
             self._busy_s += now_s - self._now_s
         self._now_s = max(self._now_s, now_s)
+
+    def _look_if_starved(self) -> None:
+        """As of the last `_advance`."""
+        starved = self._hungry and self._in_flight_bytes <= self._full_bytes
+        if starved and not self._starved:
+            self._starved_s = self._now_s
+        self._starved = starved
 
     def _measure(self, sent_s: float, end: _Point) -> None:
         points = self._points

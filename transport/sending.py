@@ -326,6 +326,11 @@ class TransferSender:
         """A chunk that was begun on this lane has not been acknowledged."""
         return any(lane is channel for lane, *_ in self._lane_of.values())
 
+    @property
+    def on_the_way_bytes(self) -> int:
+        """Wire bytes of chunks that a lane has taken and that aren't acknowledged."""
+        return sum(nbytes for _, nbytes, _ in self._lane_of.values())
+
     def chunk_begun(self, channel: Channel, outgoing: Outgoing, now_s: float) -> None:
         """Until `chunk_sent`, or the lane's loss and `end_read`, the lane reads its memory."""
         self._readers += 1

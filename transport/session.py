@@ -396,11 +396,11 @@ class Session:
         }
         if samples:
             self._link.lanes(samples, now)
-        ready = sum(sender.ready_bytes for sender in self._senders.values())
-        in_flight = sum(sender.unacknowledged_bytes for sender in self._senders.values()) - ready
-        self._link.queue(ready, in_flight, now)
+        ready = any(sender.ready_bytes for sender in self._senders.values())
+        queued_bytes = sum(sender.unacknowledged_bytes for sender in self._senders.values())
+        self._link.queue(queued_bytes, sum(sender.on_the_way_bytes for sender in self._senders.values()), now)
         estimate = self._link.estimate(now)
-        limited = bool(ready) and self._outbound.encoding_limits
+        limited = ready and self._outbound.encoding_limits
         self.codecs.choose(estimate.bandwidth_bytes_per_s, codec_limited=limited, now_s=now)
         self._near = 0 < estimate.min_rtt_s < NEAR_RTT_S
         for sender in self._senders.values():
@@ -454,7 +454,7 @@ class Session:
             outgoing.sender.chunk_begun(channel, outgoing, now)
             chunks.append(outgoing)
         if chunks:
-            self._link.supplied(now)
+            self._link.supplied(sum(HEADER_BYTES + len(outgoing.payload) for outgoing in chunks), now)
         else:
             self._link.starved(now)
         return chunks

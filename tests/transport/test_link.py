@@ -67,7 +67,7 @@ class SimulatedLink:
             self.now_s, _, event = heapq.heappop(self._events)
             event()
         self.now_s = end_s
-        self.estimator.queue(self._backlog, self.in_flight_bytes, self.now_s)
+        self.estimator.queue(self._backlog + self.in_flight_bytes, self.in_flight_bytes, self.now_s)
         return self.estimator.estimate(self.now_s)
 
     def bandwidth_after(self, seconds: float) -> float:
@@ -84,7 +84,7 @@ class SimulatedLink:
                     self.estimator.starved(self.now_s)
                     return
                 self._backlog = max(0, self._backlog - size)
-                self.estimator.supplied(self.now_s)
+                self.estimator.supplied(size, self.now_s)
                 room -= size
                 self._send(lane, size)
 
@@ -136,6 +136,24 @@ def test_a_change_under_load_is_noticed(rtt_s: float) -> None:
     assert link.bandwidth_after(6) == pytest.approx(6.25e6, rel=0.15)
     link.rate = 25e6
     assert link.bandwidth_after(4.5) == pytest.approx(25e6, rel=0.15)
+
+
+def test_a_slower_link_is_noticed_where_buffers_take_whole_transfers() -> None:
+    """Lanes find nothing more to take though much is under way: the link is full all the same. And once it is faster
+    again, that shows too."""
+    link = SimulatedLink(25e6, rtt_s=0.005, window_bytes=16 * MIB)
+    for _ in range(4):
+        link.put(12 * MIB)
+        found = link.run(1)
+    assert found.bandwidth_bytes_per_s == pytest.approx(25e6, rel=0.1)
+    link.rate = 2.5e6
+    link.put(12 * MIB)
+    assert link.run(2).utilisation == 1.0
+    assert link.bandwidth_after(2) == pytest.approx(2.5e6, rel=0.15)
+    link.run(10)
+    link.rate = 25e6
+    link.put(12 * MIB)
+    assert link.bandwidth_after(1) == pytest.approx(25e6, rel=0.15)
 
 
 def test_bandwidth_is_unknown_before_the_first_acknowledgement() -> None:
@@ -209,7 +227,7 @@ def test_a_link_that_stops_under_load_is_noticed() -> None:
 def test_a_chunk_stuck_on_a_slow_lane_is_not_counted_as_fast() -> None:
     """Its bytes took as long as they took: they don't fall into the short time since other lanes' chunks."""
     estimator = LinkEstimator()
-    estimator.supplied(0.0)
+    estimator.supplied(1000, 0.0)
     for i in range(1, 1000):
         estimator.acknowledged(1000, i * 0.01 - 0.01, i * 0.01)
     estimator.acknowledged(1_000_000, 0.0, 10.0)
@@ -227,7 +245,7 @@ def test_no_order_of_events_breaks_the_estimate(events: list[tuple[int, float, f
         elif kind == 1:
             estimator.starved(now_s)
         elif kind == 2:
-            estimator.supplied(now_s)
+            estimator.supplied(size, now_s)
         elif kind == 3:
             estimator.ping(ago_s, now_s)
         elif kind == 4:
@@ -384,7 +402,7 @@ def test_a_number_of_lanes_that_was_too_small_is_not_tried_again_soon() -> None:
     though it looks as if fewer would do; some minutes later they may."""
     estimator = LinkEstimator()
     estimator.ping(0.001, 0.0)
-    estimator.supplied(0.0)
+    estimator.supplied(1000, 0.0)
     estimator.acknowledged(1000, 0.0, 1.0)
     estimator.lanes(dict.fromkeys(range(4), HELD), 1.0)
     assert estimator.wanted_lanes(4, 1, 8, 1.0) == 8
@@ -413,7 +431,7 @@ def test_lanes_grow_until_buffers_no_longer_hold_them_back() -> None:
         for _ in range(int(LANES_WINDOW_S)):
             for _ in range(20):
                 now_s += 0.05
-                estimator.supplied(now_s - 0.05)
+                estimator.supplied(int(carried * 0.05), now_s - 0.05)
                 estimator.acknowledged(int(carried * 0.05), now_s - 0.2, now_s)
             sent += int(carried / lanes)
             each = lane(
