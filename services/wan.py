@@ -17,6 +17,8 @@ What a byte goes through, in one direction:
 - The *handshake* is delayed too: the target is dialled one delay after the accept, the client's first bytes enter the
   line two delays after it and the target's three, as if SYN and SYN-ACK had travelled.
 - FIN and RST travel behind the bytes before them. A target that can't be dialled is a RST to the client.
+- The rate of a running line can be changed: `--rate-file` is read again at SIGHUP. What is on the line already arrives
+  as it would have; a connection that was made when the line was slow has a ring for that rate.
 - Each connection takes two descriptors. When there are none left, clients wait to be accepted.
 
 What it can't show: loss and congestion windows (TCP ends at the proxy on both sides), and a client's `connect` returns
@@ -40,7 +42,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import uvloop
 from prfaas.common.config import parse_address
@@ -74,6 +78,11 @@ class Bottleneck:
         self.queue_s = queue_bytes / bytes_per_s
         self.free_s = 0.0
         """When the last byte accepted so far will have been put on the line."""
+
+    def change(self, bytes_per_s: float, queue_bytes: float) -> None:
+        """The rate from now on; what was accepted arrives when it would have."""
+        self.bytes_per_s = bytes_per_s
+        self.queue_s = queue_bytes / bytes_per_s
 
     def enter(self, ready_s: float, size: int) -> float:
         """Accept `size` bytes that were ready since `ready_s`; returns when the last of them arrives."""
@@ -239,6 +248,10 @@ class Line:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
 
+    def change(self, settings: WanSettings) -> None:
+        self._settings = settings
+        self._bottleneck.change(settings.bytes_per_s, settings.queue_bytes)
+
     def start(self, half: Half) -> None:
         if half.reading:
             self.loop.add_reader(half.source, self._readable, half)
@@ -324,6 +337,12 @@ class Wan:
         self._dials: set[asyncio.Task[None]] = set()
         self._listeners: list[socket.socket] = []
         self._told_exhausted = False
+
+    def set_rate(self, bytes_per_s: float) -> None:
+        """Of both directions, from now on."""
+        self._settings = replace(self._settings, bytes_per_s=bytes_per_s)
+        self._a_to_b.change(self._settings)
+        self._b_to_a.change(self._settings)
 
     async def listen(self, host: str, port: int, target: tuple[str, int], *, backward: bool = False) -> int:
         """Forward connections to `target`; returns the port. Raises OSError when it can't be bound."""
@@ -481,22 +500,49 @@ def parser() -> argparse.ArgumentParser:
         "--backward", type=_forward, action="append", default=[], metavar="LISTEN=TARGET", help="for clients on side B"
     )
     arguments.add_argument("--rate-mbit", type=_positive, default=500.0, help="payload Mbit/s each way (500)")
+    arguments.add_argument("--rate-file", metavar="FILE", help="holds it instead; read again at SIGHUP")
     arguments.add_argument("--delay-ms", type=_not_negative, default=20.0, help="one-way delay (20)")
     arguments.add_argument("--queue-ms", type=_not_negative, default=20.0, help="the bottleneck's queue (20)")
     return arguments
 
 
-async def run(settings: WanSettings, forward: Sequence[Forward], backward: Sequence[Forward]) -> None:
+def read_rate(file: str) -> float:
+    """Bytes/s from a file that holds Mbit/s. Raises OSError, ValueError."""
+    try:
+        return _positive(Path(file).read_text(encoding="utf-8").strip()) * 1e6 / 8
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{file} must hold a rate in Mbit/s: {error}") from None
+
+
+def _change_rate(wan: Wan, file: str) -> None:
+    try:
+        bytes_per_s = read_rate(file)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"wan: the rate stays: {error}\n")
+        return
+    wan.set_rate(bytes_per_s)
+    _say("RATE", {"mbit": bytes_per_s * 8 / 1e6})
+
+
+def _say(word: str, what: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # on a full disk it carries on
+        sys.stdout.write(f"{word} {json.dumps(what)}\n")
+        sys.stdout.flush()
+
+
+async def run(
+    settings: WanSettings, forward: Sequence[Forward], backward: Sequence[Forward], rate_file: str | None = None
+) -> None:
     """Until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     wan = Wan(settings)
+    if rate_file is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _change_rate, wan, rate_file)
     ports = [await wan.listen(*listen, target) for listen, target in forward]
     ports += [await wan.listen(*listen, target, backward=True) for listen, target in backward]
-    with contextlib.suppress(OSError):  # on a full disk it carries on
-        sys.stdout.write(f"READY {json.dumps({'ports': ports})}\n")
-        sys.stdout.flush()
+    _say("READY", {"ports": ports})
     await stop.wait()
     wan.close()
 
@@ -505,10 +551,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     if not given.forward and not given.backward:
         parser().error("nothing to forward: give --forward or --backward")
-    settings = WanSettings(given.rate_mbit * 1e6 / 8, given.delay_ms / 1e3, given.queue_ms / 1e3)
     try:
-        uvloop.run(run(settings, given.forward, given.backward))
-    except OSError as error:
+        rate = given.rate_mbit * 1e6 / 8 if given.rate_file is None else read_rate(given.rate_file)
+        settings = WanSettings(rate, given.delay_ms / 1e3, given.queue_ms / 1e3)
+        uvloop.run(run(settings, given.forward, given.backward, given.rate_file))
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"wan: {error}\n")
         return 1
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 
 import aiohttp
 import pytest
@@ -23,8 +24,9 @@ ASSUMED = 1.25e9
 class Regions:
     """Home has a decode node without a pool and a prefill node, the dense region a prefill node."""
 
-    def __init__(self, cluster):
+    def __init__(self, cluster, folder):
         self.cluster = cluster
+        self.rate_file = folder / "rate-mbit"
         names = ("router", "d1", "p-home", "p-dense", "kv-d1", "kv-home", "kv-dense")
         wan = ("wan-router", "wan-kv-d1", "wan-kv-home", "wan-dense", "wan-kv-dense")
         self.ports = dict(zip((*names, *wan), free_ports(len(names) + len(wan)), strict=True))
@@ -35,13 +37,19 @@ class Regions:
         ways = [("--forward", "wan-router", "router"), ("--forward", "wan-kv-d1", "kv-d1")]
         ways += [("--forward", "wan-kv-home", "kv-home")]
         ways += [("--backward", "wan-dense", "p-dense"), ("--backward", "wan-kv-dense", "kv-dense")]
-        arguments = ["prfaas.services.wan", "--rate-mbit", rate_mbit, "--delay-ms", "2"]
+        self.rate_file.write_text(rate_mbit)
+        arguments = ["prfaas.services.wan", "--rate-file", str(self.rate_file), "--delay-ms", "2"]
         for flag, listen, target in ways:
             arguments += [flag, f"{HERE}:{ports[listen]}={HERE}:{ports[target]}"]
         wan = self.cluster._add("wan", arguments, "")
         while "READY" not in wan.tail():
             assert wan.alive, wan.tail()
             await asyncio.sleep(0.02)  # a poll, since it says so in its log alone
+
+    def change(self, rate_mbit):
+        """The line's rate, while it is used."""
+        self.rate_file.write_text(rate_mbit)
+        self.cluster.processes["wan"].signal(signal.SIGHUP)
 
     async def start(self, rate_mbit):
         cluster, ports = self.cluster, self.ports
@@ -101,11 +109,11 @@ def prompt(seed):
 
 
 @pytest.mark.parametrize("rate_mbit", [FAST, SLOW])
-async def test_a_prefix_is_fetched_when_the_line_is_wide_and_computed_when_it_is_narrow(cluster, rate_mbit):
+async def test_a_prefix_is_fetched_when_the_line_is_wide_and_computed_when_it_is_narrow(cluster, rate_mbit, tmp_path):
     """With a line of 2 Gbit/s and one of 20 Mbit/s, which the first turn's transfer has measured: at home the second
     turn begins with what the dense region holds, or computes it; its answer is that of a prompt which is computed
     whole."""
-    regions = Regions(cluster)
+    regions = Regions(cluster, tmp_path)
     await regions.start(rate_mbit)
     first, more = prompt(1), prompt(9)[:MORE]
     await regions.held_in_dense(first)
@@ -116,6 +124,36 @@ async def test_a_prefix_is_fetched_when_the_line_is_wide_and_computed_when_it_is
     assert fetched == (rate_mbit == FAST), f"{headers}\n{cluster.logs()}"
     assert await regions.fetches() == ({'outcome="done"': 1} if fetched else {})
     assert text == (await regions.ask([*first, *more], "local"))[1]
+
+
+@pytest.mark.timeout(150)
+async def test_decisions_follow_a_line_that_changes_while_it_is_used(cluster, tmp_path):
+    """A wide line becomes a narrow one under running transfers, and wide again: fetched, computed, fetched."""
+    regions = Regions(cluster, tmp_path)
+    await regions.start(FAST)
+    prompts = [prompt(seed) for seed in range(3)]
+    for first in prompts:
+        await regions.held_in_dense(first)
+    await cluster.wait_for(lambda m: measured(m) > 0)
+    more = prompt(9)[:MORE]
+
+    async def second_turn(first):
+        headers, _ = await regions.ask([*first, *more], "home")
+        return "fetch=" in headers["x-prfaas-decision"]
+
+    assert await second_turn(prompts[0])
+    regions.change(SLOW)
+    seed = 100
+    while not 0 < measured(await cluster.metrics()) < 10e6:
+        await regions.ask(prompt(seed), "offload")
+        seed += 1
+    assert not await second_turn(prompts[1])
+    regions.change(FAST)
+    while not measured(await cluster.metrics()) > 60e6:
+        await regions.ask(prompt(seed), "offload")
+        seed += 1
+    assert await second_turn(prompts[2])
+    assert await regions.fetches() == {'outcome="done"': 2}
 
 
 def measured(metrics):

@@ -61,6 +61,14 @@ class TestBottleneck:
         line.enter(0.0, 500)
         assert line.room_at() == pytest.approx(0.4)
 
+    def test_another_rate_holds_for_what_comes_after(self) -> None:
+        """What is on the line arrives as it would have; the queue is as many bytes as before, at the new rate."""
+        line = Bottleneck(1000.0, 0.0, queue_bytes=100)
+        assert line.enter(0.0, 500) == 0.5
+        line.change(100.0, queue_bytes=10)
+        assert line.enter(0.0, 50) == 1.0
+        assert line.room_at() == pytest.approx(0.9)
+
 
 class TestRing:
     @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=100))
@@ -249,6 +257,39 @@ def test_a_target_that_is_not_there_is_a_reset(wan: WanProcess) -> None:
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     client.close()
+
+
+def test_the_rate_changes_at_a_signal(tmp_path: Path) -> None:
+    """Read from the file again; a file that holds none changes nothing, and is told."""
+    rate = tmp_path / "rate"
+    rate.write_text("800\n")
+    command = [sys.executable, "-m", "prfaas.services.wan", "--rate-file", str(rate), "--delay-ms", "0"]
+    with (
+        _listener() as listener,
+        subprocess.Popen(
+            [*command, "--forward", f"127.0.0.1:0=127.0.0.1:{listener.getsockname()[1]}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        [port] = json.loads(process.stdout.readline().partition(" ")[2])["ports"]
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as client, listener.accept()[0] as server:
+            rate.write_text("1")
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout.readline() == 'RATE {"mbit": 1.0}\n'
+            rate.write_text("fast")
+            process.send_signal(signal.SIGHUP)
+            assert "the rate stays" in process.stderr.readline()
+            began_s = time.monotonic()
+            client.sendall(bytes(60_000))
+            received = 0
+            while received < 60_000:
+                received += len(server.recv(60_000))
+            assert time.monotonic() - began_s >= 60_000 / 125_000 - 0.05
+        process.terminate()
 
 
 def test_without_descriptors_clients_wait_for_some() -> None:
