@@ -8,7 +8,8 @@ gain        Λ_max rises by `min_gain`;
 cost        what Λ_max gains over `horizon_s` is more than the nodes' average share of it while they are away. (Λ itself
             loses nothing: only the stage with room to spare is short of them. What is lost is that room, and caches.)
 confirmed   the plan wanted this direction `confirmations` times running;
-cooled      the last conversion was `cool_down_s` ago.
+cooled      the last conversion was `cool_down_s` ago; to undo it twice as long, the next time four times …, at most
+            `horizon_s`: a load that swings is expected to swing again. A split that lasts twice that is trusted anew.
 
 The paper says when ("Θ_prfaas + Θ_pd-p ≪ Θ_pd-d", seen by queue depth and utilisation), not how much or how often: each
 number is a setting. After a conversion the threshold is searched again for the split that then holds.
@@ -57,7 +58,8 @@ class ConversionSettings:
     confirmations: int = 2
     """Plans in a row that must want the same direction."""
     cool_down_s: float = 300.0
-    """Between two conversions; longer than a switch, so that the load is seen with the new split."""
+    """Between two conversions; longer than a switch, so that the load is seen with the new split. Conversions that take
+    one another back are further apart each time, up to `horizon_s`."""
     max_nodes: int = 1
     """Nodes in one conversion."""
     busy_utilisation: float = 0.85
@@ -100,6 +102,10 @@ class ConversionState:
     """1: plans want more prefill nodes; -1: more decode nodes."""
     agreed: int = 0
     """Plans in a row with that direction."""
+    converted_to: int = 0
+    """The direction of the last conversion; 0: there was none."""
+    undone: int = 0
+    """Conversions lately that each took back what the one before had done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,22 @@ class ConversionDecision:
     plan: Plan | None = None
     gain: float = 0.0
     wanted: int = 0
+
+
+def converted(state: ConversionState, now_s: float, direction: int, settings: ConversionSettings) -> ConversionState:
+    """The state after a conversion in this direction, whoever decided it. What plans had agreed on begins anew."""
+    undone = state.undone if now_s < state.converted_s + 2 * settings.horizon_s else 0
+    if direction * state.converted_to < 0:
+        undone += 1
+    return ConversionState(state.planned_s, now_s, converted_to=direction, undone=undone)
+
+
+def cool_down_s(state: ConversionState, direction: int, settings: ConversionSettings) -> float:
+    """From the last conversion to one in this direction, at least."""
+    if direction * state.converted_to >= 0:
+        return settings.cool_down_s
+    longer = settings.cool_down_s * 2.0 ** min(1 + state.undone, 64)
+    return max(settings.cool_down_s, min(longer, settings.horizon_s))
 
 
 def decide(
@@ -154,9 +176,7 @@ def decide(
     reason = reason or hindrance
     if reason is not None:
         return state, ConversionDecision(0, reason, now, gain, step)
-    return replace(state, converted_s=now_s, direction=0, agreed=0), ConversionDecision(
-        step, "convert", after, gain, step
-    )
+    return converted(state, now_s, direction, settings), ConversionDecision(step, "convert", after, gain, step)
 
 
 def _against(
@@ -175,7 +195,7 @@ def _against(
         return "gain_too_small"
     if state.agreed < settings.confirmations:
         return "confirming"
-    if now_s < state.converted_s + settings.cool_down_s:
+    if now_s < state.converted_s + cool_down_s(state, state.direction, settings):
         return "cooling_down"
     return None
 

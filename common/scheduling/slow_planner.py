@@ -28,6 +28,8 @@ from prfaas.common.scheduling.conversion import (
     ConversionState,
     Hindrance,
     StageLoad,
+    converted,
+    cool_down_s,
     decide,
 )
 from prfaas.common.scheduling.planner import LIVE, Demand, HomePool, OffloadPool, Plan, PlannerSettings
@@ -177,8 +179,7 @@ class SlowPlanner:
     def preview(self, cluster: ClusterSnapshot, region: int, hindrance: Hindrance | None = None) -> SlowDecision:
         """What `step` would decide were it due now, and nothing changes."""
         kept = self._homes.get(region, _Home())
-        state = ConversionState(-math.inf, kept.state.converted_s, kept.state.direction, kept.state.agreed)
-        copy = replace(kept, state=state)
+        copy = replace(kept, state=replace(kept.state, planned_s=-math.inf))
         return self._decide(cluster, region, copy, hindrance)
 
     def begin(self, region: int, now_s: float) -> None:
@@ -186,18 +187,19 @@ class SlowPlanner:
         taken for so."""
         self._homes[region] = _Home(ConversionState(converted_s=now_s))
 
-    def converted(self, region: int, now_s: float) -> None:
+    def converted(self, region: int, now_s: float, to_role: int) -> None:
         """A node there has changed its role, whoever told it to: the load is to be seen with the new split first."""
         home = self._homes.setdefault(region, _Home())
-        home.state = ConversionState(home.state.planned_s, now_s)
+        direction = 1 if to_role == ROLE_PREFILL else -1
+        home.state = converted(home.state, now_s, direction, self.settings.conversion)
         home.observed, home.sums = 0, np.zeros(4)
 
-    def cool_down_left_s(self, region: int, now_s: float) -> float:
-        """Until the next conversion may follow the last one."""
+    def cool_down_left_s(self, region: int, now_s: float, direction: int = 0) -> float:
+        """Until the next conversion may follow the last one. direction: 1: one to prefill, -1: to decode, 0: either."""
         home = self._homes.get(region)
         if home is None:
             return 0.0
-        return max(0.0, home.state.converted_s + self.settings.conversion.cool_down_s - now_s)
+        return max(0.0, home.state.converted_s + cool_down_s(home.state, direction, self.settings.conversion) - now_s)
 
     def next_step_in_s(self, region: int, now_s: float) -> float:
         """Until the next decision is due."""

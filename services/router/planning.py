@@ -40,7 +40,7 @@ from prfaas.services.messages import (
     PlanReport,
     RegionPlan,
 )
-from prfaas.services.router.registry import MAX_NODES, Node, Registry
+from prfaas.services.router.registry import MAX_NODES, ROLES, Node, Registry
 
 HISTORY = 100
 """Decisions that `report` tells of: all that converted a node, and else those whose reason is a new one."""
@@ -132,7 +132,7 @@ class Planning:
 
     def converted(self, node: Node, now_s: float) -> None:
         """A node's heartbeat comes in another role, whoever told it to change."""
-        self._slow.converted(node.region_index, now_s)
+        self._slow.converted(node.region_index, now_s, ROLES[node.role])
 
     # -- the lease ---------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class Planning:
             threshold_tokens=_finite(control.threshold_tokens),
             planned_threshold_tokens=_finite(control.planned_tokens),
             next_plan_in_s=self._slow.next_step_in_s(index, now_s),
-            cool_down_left_s=self._slow.cool_down_left_s(index, now_s),
+            cool_down_left_s=self._slow.cool_down_left_s(index, now_s, decision.wanted),
             plan=None if decision.plan is None else _figures(decision.plan),
         )
 

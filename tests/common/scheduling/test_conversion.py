@@ -13,6 +13,8 @@ from prfaas.common.scheduling.conversion import (
     ConversionSettings,
     ConversionState,
     StageLoad,
+    converted,
+    cool_down_s,
     decide,
 )
 from prfaas.common.scheduling.planner import Demand, HomePool, OffloadPool
@@ -136,3 +138,28 @@ def test_a_split_that_serves_nothing_is_left_at_once() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ConversionSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_to_undo_a_conversion_takes_longer_each_time_up_to_the_horizon() -> None:
+    """In the same direction it stays the cool-down; a split that lasted for twice that is trusted anew."""
+    settings = replace(AT_ONCE, cool_down_s=300.0, horizon_s=1800.0)
+    state, waits, now_s = ConversionState(), [], 0.0
+    for direction in (1, 1, -1, 1, -1, 1):
+        waits.append(cool_down_s(state, direction, settings))
+        now_s += waits[-1]
+        state = converted(state, now_s, direction, settings)
+    assert waits == [300, 300, 600, 1200, 1800, 1800]
+    assert cool_down_s(state, 1, settings) == 300
+    later = converted(state, now_s + 3600.0, -1, settings)
+    assert cool_down_s(later, 1, settings) == 1200
+
+
+def test_an_undoing_waits_and_says_so() -> None:
+    """From 1 : 7 a node has come to prefill; back again it may not go so soon."""
+    settings = replace(AT_ONCE, cool_down_s=100.0, period_s=0.0)
+    state, decision = ask(1, settings, now_s=1000.0)
+    assert decision.reason == "convert"
+    for now_s, reason in ((1100.0, "cooling_down"), (1199.0, "cooling_down"), (1200.0, "convert")):
+        asked = ask(6, settings, state=state, now_s=now_s, prefill=IDLE, decode=BUSY)[1]
+        assert (asked.reason, asked.wanted) == (reason, -1)
+    assert ask(2, settings, state=state, now_s=1100.0)[1].reason == "convert"

@@ -227,7 +227,7 @@ def test_a_region_that_begins_and_one_that_was_converted_cool_down() -> None:
     for i, tokens in enumerate(paper_lengths(400)):
         made.arrived(300.0 + i / 7, tokens, 1024, tokens, HOME)
     made.observe(cluster(1, 7, now_s=350.0, **busy))
-    made.converted(HOME, 355.0)
+    made.converted(HOME, 355.0, ROLE_PREFILL)
     seen = cluster(1, 7, now_s=361.0)
     decision = decide(made, seen)
     assert decision.prefill.utilisation == 0.0

@@ -37,6 +37,7 @@ class World:
         self.beats: dict[str, Heartbeat] = {}
         self.grants = True
         self.orders: list[Any] = []
+        self.told = 0
 
     def node(self, name: str, role: str, region: str = "home", load: LoadMessage = IDLE) -> None:
         data = PROFILES[region]
@@ -79,6 +80,15 @@ class World:
                 if self.grants and (bid := self.planning.bid()):
                     self.set(name, planner_holder=bid, planner_bid_s=self.now_s)
             self.orders += self.planning.tick(self.registry.snapshot(self.now_s), self.now_s)
+
+    def obey(self) -> None:
+        """What has been ordered happens: nodes drain for a heartbeat, and have their new role."""
+        while self.told < len(self.orders):
+            order = self.orders[self.told]
+            self.told += 1
+            for node in order.nodes[: order.count]:
+                self.set(node.name, role=order.role, load=DECODING)
+            self.planning.carried_out(order)
 
     def report(self) -> PlanReport:
         return self.planning.report(self.registry.snapshot(self.now_s), self.now_s)
@@ -250,6 +260,43 @@ def test_a_region_that_takes_anothers_place_begins_anew() -> None:
     assert world.region().region == "new"
     assert world.region().cool_down_left_s > 20
     assert len(world.orders) == count
+
+
+@pytest.mark.parametrize(("swing_s", "hours", "most"), [(30, 1, 1), (240, 1, 1), (500, 2, 6)])
+def test_a_load_that_swings_does_not_send_nodes_to_and_fro(swing_s: int, hours: int, most: int) -> None:
+    """Hours of long prompts and long answers in turn, each half with the queue that goes with it; as the planner is
+    set by default. A split for the mean of both is found, and kept; a swing that is longer than what the mean is taken
+    of is followed less and less often."""
+    world = World(**{name: getattr(PlannerConfig(), name) for name in SETTINGS}).cluster(3, 5)
+    world.run(1)
+    full = LoadMessage(running_requests=20, decoding_requests=20, waiting_requests=20)
+    for half in range(hours * 3600 // swing_s):
+        prefill_short = half % 2 == 0
+        for name, beat in list(world.beats.items()):
+            if beat.region == "home":
+                loads = (BUSY, DECODING) if prefill_short else (IDLE, full)
+                world.set(name, load=loads[0] if beat.role == "prefill" else loads[1])
+        for _ in range(swing_s // 10):
+            world.requests(count=20, output=256 if prefill_short else 2048)
+            world.run(10)
+            world.obey()
+    assert len(world.orders) <= most
+
+
+def test_a_load_that_changes_for_long_is_followed() -> None:
+    """The same planner, the same load, but it stays: nodes go over, as many as it takes, and no more."""
+    world = World(**{name: getattr(PlannerConfig(), name) for name in SETTINGS}).cluster(3, 5)
+    world.run(1)
+    for _ in range(360):
+        for name, beat in list(world.beats.items()):
+            if beat.region == "home":
+                world.set(name, load=BUSY if beat.role == "prefill" else DECODING)
+        world.requests(count=20, output=256)
+        world.run(10)
+        world.obey()
+    splits = [order.reason.split(" becomes ")[0] for order in world.orders]
+    assert splits == ["3 : 5", "4 : 4", "5 : 3", "6 : 2"]
+    assert world.region().reason == "balanced"
 
 
 def test_the_report_is_json_and_remembers() -> None:
