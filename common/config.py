@@ -274,7 +274,11 @@ class TransportConfig:
     idle_s: float = setting(
         60.0, "a session that no router has listed and no transfer has used for so long is closed", _between(10, 86400)
     )
-    ticket_s: float = setting(120.0, "how long a ticket is good for before its OPEN", _between(1, 3600))
+    ticket_s: float = setting(
+        600.0,
+        "how long a ticket is good for before its OPEN: the longest queue; its request's end makes it void sooner",
+        _between(1, 86400),
+    )
     max_transfers: int = setting(1024, "transfers a session may have open", _between(1, 8192))
 
 

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.bench_roles --json
     python -m tests.benchmarks.bench_roles --mode threshold     # the same load, nodes keep their roles
 
-One router and six emulated nodes of one region. First long prompts come, for which one prefill node is too few; then long
-answers, for which the decode nodes that are left are. Arrivals are Poisson and the same for every mode. The router refuses
-what it predicts to be late (429: a violation that the plan predicted); of what it takes, answers whose first token was
-later than the SLO are the ones it did not predict.
+One router and six emulated nodes of one region. First long prompts come, for which one prefill node is too few; then
+long answers, for which the decode nodes that are left are. Arrivals are Poisson and the same for every mode. The router
+refuses what it predicts to be late (429: a violation that was predicted); of what it takes, answers whose first token was
+later than the SLO are the ones that were not.
 """
 
 from __future__ import annotations
@@ -153,13 +153,12 @@ def figures(answers: list[Answer], slo_s: float) -> dict[str, Any]:
     """Of one phase, or of a part of it."""
     served = [answer for answer in answers if answer.status == 200]
     late = [answer for answer in served if answer.ttft_s is None or answer.ttft_s > slo_s]
+    wrong = [answer for answer in served if not answer.right]
     ratios = sorted(a.ttft_s / a.predicted_s for a in served if a.ttft_s and a.predicted_s)
     return {
         "requests": len(answers),
         "refused": sum(answer.status == 429 for answer in answers),
-        "lost": sum(
-            answer.status not in (200, 429) or (answer.status == 200 and not answer.right) for answer in answers
-        ),
+        "lost": len(wrong) + sum(answer.status not in (200, 429) for answer in answers),
         "late_unpredicted": len(late),
         "latest_s": round(max((a.ttft_s or 0.0 for a in served), default=0.0), 3),
         "ttft_by_predicted_median": round(ratios[len(ratios) // 2], 3) if ratios else None,
