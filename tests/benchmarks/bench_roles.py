@@ -5,8 +5,8 @@
 
 One router and six emulated nodes of one region. First long prompts come, for which one prefill node is too few; then
 long answers, for which the decode nodes that are left are. Arrivals are Poisson and the same for every mode. The router
-refuses what it predicts to be late (429: a violation that was predicted); of what it takes, answers whose first token was
-later than the SLO are the ones that were not.
+refuses what it predicts to be late (429: a violation that was predicted); of what it takes, answers whose first token
+was later than the SLO are the ones that were not.
 """
 
 from __future__ import annotations
