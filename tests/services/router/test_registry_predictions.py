@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -110,6 +111,26 @@ def test_a_heartbeat_corrects_the_prediction_and_knows_what_is_running() -> None
             assert free_in_s(registry, node, 2.1) == pytest.approx(0.9 + 2.0)
     registry.heartbeat(with_profile(beat()), 3.0)
     assert free_in_s(registry, node, 3.0) == 0.0
+
+
+def test_own_prefills_of_different_lengths_keep_their_times() -> None:
+    """The node reports how many tokens in all, which says too little where a long prompt takes more than its share;
+    what other routers have sent beside them is reckoned by its mean length."""
+    squares = tuple(float(n * n) for n in range(11))
+    slow = dataclasses.replace(PROFILE, prefill_s=Curve(tuple(1000.0 * n for n in range(1, 11)), squares[1:]))
+    registry = Registry()
+    node = register(registry, with_profile(beat(), slow))
+    registry.snapshot(0.0)
+    with (
+        registry.dispatched(node, 9000, Share(9000, prefill_s=81.0)),
+        registry.dispatched(node, 1000, Share(1000, prefill_s=1.0)),
+    ):
+        load = LoadMessage(queued_requests=1, running_requests=1, queued_tokens=10_000)
+        registry.heartbeat(with_profile(beat(load=load), slow), 0.0)
+        assert free_in_s(registry, node, 0.0) == pytest.approx(82.0)
+        load = LoadMessage(queued_requests=3, running_requests=1, queued_tokens=14_000)
+        registry.heartbeat(with_profile(beat(load=load), slow), 1.0)
+        assert free_in_s(registry, node, 1.0) == pytest.approx(81.0 + 2 * 4.0)
 
 
 @settings(deadline=None)
