@@ -12,11 +12,13 @@ from prfaas.services.messages import LoadMessage
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """tokens: uncached ones of a prefill, or the context of a decode. prefill_s: of the node's time. kv_bytes: of its
-    memory. wire_bytes: KV that crosses `link`, [from, to] region indices."""
+    memory. stay_s: how long it would decode there in a full batch, with the longest output that it may have.
+    wire_bytes: KV that crosses `link`, [from, to] region indices."""
 
     tokens: int
     prefill_s: float = 0.0
     kv_bytes: int = 0
+    stay_s: float = 0.0
     link: tuple[int, int] | None = None
     wire_bytes: float = 0.0
 

@@ -164,6 +164,27 @@ def test_a_node_is_free_again_when_all_has_ended(events: list[tuple[float, float
 # -- decode nodes -----------------------------------------------------------------------------------------------------
 
 
+def test_a_place_is_waited_for_as_long_as_the_requests_there_stay() -> None:
+    """Short answers came before; long ones fill the batch now: that is what counts. As requests end sooner than they
+    might, less is expected of the next."""
+    registry = Registry()
+    node = register(registry, with_profile(beat("d", "decode", "home")))
+    for i in range(60):
+        registry.snapshot(float(i))
+        with registry.dispatched(node, 10, Share(10, stay_s=0.5)):
+            registry.snapshot(i + 0.5)
+    with registry.dispatched(node, 10, Share(10, stay_s=8.0)), registry.dispatched(node, 10, Share(10, stay_s=4.0)):
+        snapshot = registry.snapshot(60.0)
+        assert snapshot.decode_free_at_s[node.row] - snapshot.now_s == pytest.approx(6.0 / 2, abs=0.6)
+    for i in range(100):
+        registry.snapshot(100.0 + i)
+        with registry.dispatched(node, 10, Share(10, stay_s=1.0)):
+            registry.snapshot(100.5 + i)
+    registry.snapshot(300.0)
+    with registry.dispatched(node, 10, Share(10, stay_s=8.0)), registry.dispatched(node, 10, Share(10, stay_s=4.0)):
+        assert registry.snapshot(300.0).decode_free_at_s[node.row] - 300.0 == pytest.approx(3.0 / 2, abs=0.05)
+
+
 def test_places_and_memory_of_a_decode_node() -> None:
     """A full batch has no place until one of it has left; memory is what no dispatched request will need. Both come
     back when the request ends."""
