@@ -40,8 +40,8 @@ def settings() -> str:
         "",
         "A setting `section.name` stands in a TOML file (`[section]`, `name = ...`; `--config FILE`), in the",
         "environment (`PRFAAS_SECTION_NAME`) or is a flag (`--section-name`, or the short one below). A flag wins over",
-        "the environment, that over the file. Sizes may end in K, M or G; lists are comma-separated in flags and in the",
-        "environment. All mistakes are told at once.",
+        "the environment, that over the file. Sizes may end in K, M or G; lists are comma-separated in flags and in",
+        "the environment. All mistakes are told at once.",
     ]
     for section in dataclasses.fields(Config):
         lines += ["", f"## [{section.name}]", ""]
