@@ -484,6 +484,10 @@ class Registry:
             return None
         return "no usable decode node"
 
+    def nodes(self) -> list[Node]:
+        """All of them, by name."""
+        return [self._by_name[name] for name in sorted(self._by_name)]
+
     def __len__(self) -> int:
         """Of all nodes, those included that were lost lately."""
         return len(self._by_name)
