@@ -304,7 +304,8 @@ function waterfall(t) {
       `${whole(t.prompt_tokens)} + ${whole(t.output_tokens)} tokens${kv}`),
     el("p", {}, `first token after ${fixed(t.ttft_s, 3)} s${parts ? ` (${parts})` : ""}, all after ${fixed(t.ended_s, 3)} s` +
       (t.fallbacks.length ? `; on the way: ${t.fallbacks.join(", ")}` : "")),
-    el("ul", { class: "legend" }, ...PARTS.map(([name, colour]) => key_(name, colour)), key_("transfer", "#1c9aa8")), made);
+    el("ul", { class: "legend" }, ...PARTS.map(([name, colour]) => key_(name, colour)), key_("transfer", "#1c9aa8")),
+    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "waterfall" }, made));
 }
 
 function bars(t, end) {
