@@ -255,20 +255,39 @@ def test_profiles_have_a_bound_and_slots_are_used_again() -> None:
     """Nodes that come and go with a profile of their own each."""
     registry = Registry()
     for i in range(3 * MAX_PROFILES):
-        profile = NodeProfile(f"p{i}", "m", "h", 1, PROFILE.prefill_s, PROFILE.kv_bytes, PROFILE.decode_step_s)
+        profile = dataclasses.replace(PROFILE, name=f"p{i}", max_batch=i + 1)
         node = register(registry, with_profile(beat(), profile))
         assert registry.snapshot(0.0).profiles[node.profile].name == f"p{i}"
     assert len(registry.snapshot(0.0).profiles) <= MAX_PROFILES
     many = [
         with_profile(
             beat(f"n{i}"),
-            NodeProfile(f"q{i}", "m", "h", 1, PROFILE.prefill_s, PROFILE.kv_bytes, PROFILE.decode_step_s),
+            dataclasses.replace(PROFILE, name=f"q{i}", max_batch=1000 + i),
         )
         for i in range(2 * MAX_PROFILES)
     ]
     for message in many:
         register(registry, message)
     assert len(registry.snapshot(0.0).profiles) == MAX_PROFILES
+
+
+def test_nodes_that_are_nearly_alike_share_a_profile() -> None:
+    """Each has measured itself, within some percent of the others: they are one pool, and none gets a profile that is
+    not its own kind's, however many there are. One that is twice as slow is another kind."""
+    registry, rng = Registry(), np.random.default_rng(1)
+
+    def measured(name: str, factor: float) -> NodeProfile:
+        times = tuple(factor * value for value in PROFILE.prefill_s.values)
+        return dataclasses.replace(PROFILE, name=name, prefill_s=Curve((1.0, 1000.0), times, "linear"))
+
+    nodes = []
+    for i in range(3 * MAX_PROFILES):
+        factor = (2.0 if i % 10 == 0 else 1.0) * float(rng.uniform(0.96, 1.04))
+        nodes.append((factor, register(registry, with_profile(beat(f"n{i}"), measured(f"n{i}", factor)))))
+    profiles = registry.snapshot(0.0).profiles
+    assert len(profiles) == 2
+    for factor, node in nodes:
+        assert profiles[node.profile].prefill_s.at(1000.0) == pytest.approx(factor, rel=0.09)
 
 
 def test_a_profile_without_decode_serves_a_node_that_decodes() -> None:
