@@ -28,6 +28,7 @@ from prfaas.services.messages import Heartbeat, LoadMessage, to_json
 from prfaas.services.web import Signer, signed_post
 from yarl import URL
 
+from tests.benchmarks.bench_roles import usable
 from tests.browser import Page, browser
 from tests.e2e.conftest import free_ports
 
@@ -131,6 +132,8 @@ async def measured(given: argparse.Namespace) -> dict[str, Any]:
             asyncio.timeout(600),
         ):
             await page.look()
+            while await usable(session, cluster.url) != (0, 2):
+                await asyncio.sleep(0.2)
             like = await learned(session, cluster, like)
             tasks = [asyncio.create_task(beat(session, cluster, like)), asyncio.create_task(load(session, cluster.url))]
             await asyncio.sleep(2 * BEAT_S)
@@ -159,18 +162,11 @@ async def measured(given: argparse.Namespace) -> dict[str, Any]:
 async def learned(session: aiohttp.ClientSession, cluster: Cluster, like: Heartbeat) -> Heartbeat:
     """A heartbeat of the cluster's model: what a node that fits must say, the router tells one that doesn't."""
     signer, url = Signer.of(cluster.secret.encode(), ClusterConfig()), URL(cluster.url) / "nodes" / "heartbeat"
+    async with await signed_post(session, url, to_json(like), signer) as response:
+        text = await response.text()
+    fingerprint, layout = text.partition("here emulated, ")[2].partition(")")[0].split(", ")
     fields = {key: getattr(like, key) for key in like.__struct_fields__}
-    while True:
-        await asyncio.sleep(0.5)
-        try:
-            async with await signed_post(session, url, to_json(Heartbeat(**fields)), signer) as response:
-                text = await response.text()
-        except aiohttp.ClientError:
-            continue
-        if "here emulated, " in text:
-            fingerprint, layout = text.partition("here emulated, ")[2].partition(")")[0].split(", ")
-            fields |= {"model_fingerprint": fingerprint, "layout_hash": layout}
-            return Heartbeat(**fields)
+    return Heartbeat(**(fields | {"model_fingerprint": fingerprint, "layout_hash": layout}))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The console over HTTP: the page and its two files, and a stream of states for those who look at it.
 
     GET /console, /console/console.css, /console/console.js      for everybody: they hold nothing of the cluster
-    GET /console/events                                          for who may send requests; SSE, a state a second
+    GET /console/events                                          for who may send requests; SSE, two states a second
 
 A state is made once for all viewers, and only while there are any.
 """

@@ -99,7 +99,7 @@ class ConsoleState(msgspec.Struct, frozen=True):
     reasons: dict[str, int]
     """Requests by why they went where they did, since the start."""
     points: list[Point]
-    """The newest; all that are kept, in a viewer's first message."""
+    """The newest, which may have been sent before; all that are kept, in a viewer's first message."""
 
 
 @dataclass(slots=True)

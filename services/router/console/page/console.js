@@ -58,7 +58,9 @@ async function listen() {
     rest = events.pop();
     // Of several that came together only the newest is drawn; none of their points is lost.
     const states = events.filter((e) => e.startsWith("data: ")).map((e) => JSON.parse(e.slice(6)));
-    for (const state of states) points.push(...state.points);
+    for (const state of states) {
+      for (const point of state.points) if (!points.length || point.at_s > points[points.length - 1].at_s) points.push(point);
+    }
     points = points.slice(-POINTS);
     if (states.length) draw(states[states.length - 1]);
   }
