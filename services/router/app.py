@@ -456,8 +456,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _adapting(router: Router, roles: RoleCalls, viewers: console.Viewers) -> None:
-    """Once a second: thresholds follow load and links, roles the plan, and the gauges all of it. Who looks at the console
-    sees it twice as often."""
+    """Once a second: thresholds follow load and links, roles the plan, and the gauges all of it. Who looks at the
+    console sees it twice as often."""
     while True:
         await asyncio.sleep(ADAPT_S / 2)
         viewers.publish(router.registry.snapshot(time.monotonic()), time.time())
