@@ -22,12 +22,19 @@ from statistics import median
 from typing import Any
 
 import aiohttp
-from prfaas.common.config import ClusterConfig
+import msgspec
+from prfaas.common.config import ClusterConfig, PlannerConfig, RouterConfig
+from prfaas.common.metrics import Metrics
 from prfaas.services.commands.demo.cluster import Child
 from prfaas.services.messages import Heartbeat, LoadMessage, to_json
+from prfaas.services.router.console.state import Console
+from prfaas.services.router.decision import make_policy
+from prfaas.services.router.planning import Planning
+from prfaas.services.router.timeline import Record, RequestFacts, RouterInstants, Timelines
 from prfaas.services.web import Signer, signed_post
 from yarl import URL
 
+from tests.benchmarks.bench_decision import registry_of
 from tests.benchmarks.bench_roles import usable
 from tests.browser import Page, browser
 from tests.e2e.conftest import free_ports
@@ -153,10 +160,26 @@ async def measured(given: argparse.Namespace) -> dict[str, Any]:
         "router_cpu_alone": [round(each, 4) for each in alone],
         "router_cpu_watched": [round(each, 4) for each, _ in seen],
         "added_cpu_median": round(median(differences), 4),
+        "state_made_in_ms": round(state_s() * 1e3, 3),
         "longest_frame_ms": [round(frames[0], 1) for _, frames in seen],
         "frames_per_s": [round(frames[1] / given.seconds, 1) for _, frames in seen],
         "longest_between_updates_ms": [round(frames[2]) for _, frames in seen],
     }
+
+
+def state_s() -> float:
+    """To make one state of 200 nodes, mean of many."""
+    registry, timelines = registry_of(NODES, 100.0), Timelines(256)
+    policy = make_policy(RouterConfig())
+    planning = Planning(PlannerConfig(), "r", "r/1", registry, policy, Metrics().router)
+    for i in range(256):
+        facts = RequestFacts(f"{i:032}", "done", "offloaded", [], "p", "d", 1000, 10, "uncached=1000")
+        timelines.add(Record(facts, RouterInstants(0.0, ended_s=1.0), None))
+    console, cluster = Console("r", "0", registry, policy, planning, timelines), registry.snapshot(100.0)
+    began_s = time.perf_counter()
+    for _ in range(200):
+        msgspec.json.encode(console.state(cluster, 1.0, 3, whole=False))
+    return (time.perf_counter() - began_s) / 200
 
 
 async def learned(session: aiohttp.ClientSession, cluster: Cluster, like: Heartbeat) -> Heartbeat:
