@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 DECISION_BUCKETS_S = (1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
+RATIO_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -187,6 +188,21 @@ class TransportMetrics:
         )
         self.transfers = Counter(
             "prfaas_transport_transfers", "Transfers ended", ["direction", "outcome"], registry=registry
+        )
+        self.transfer_seconds = Histogram(
+            "prfaas_transport_transfer_seconds",
+            "A completed transfer, from the receiver's word that it has room to the last acknowledgement",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.codec_ratio = Histogram(
+            "prfaas_transport_codec_ratio",
+            "Wire bytes to KV bytes of a completed transfer: 1 and a little is raw",
+            buckets=RATIO_BUCKETS,
+            registry=registry,
+        )
+        self.resent_chunks = Counter(
+            "prfaas_transport_resent_chunks", "Chunks sent again because they arrived damaged", registry=registry
         )
         self.checksum_failures = Counter(
             "prfaas_transport_checksum_failures", "Chunks that arrived damaged", registry=registry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prfaas.common.metrics import TransportMetrics
+from prfaas.transport.api import TransferReport
 
 
 class Counters:
@@ -20,7 +21,10 @@ class Counters:
         self.lane_losses = metrics.lane_losses
         self.refusals = metrics.refusals
         self.transfers = metrics.transfers
-        self.moved_chunks = metrics.moved_chunks
+        self._moved_chunks = metrics.moved_chunks
+        self._resent_chunks = metrics.resent_chunks
+        self._transfer_seconds = metrics.transfer_seconds
+        self._codec_ratio = metrics.codec_ratio
 
     def sent(self, raw_bytes: int, wire_bytes: int) -> None:
         pending = self._pending
@@ -31,6 +35,16 @@ class Counters:
         pending = self._pending
         pending[2] += raw_bytes
         pending[3] += wire_bytes
+
+    def ended(self, report: TransferReport, seconds: float | None) -> None:
+        """A transfer that was sent. seconds: how long a completed one took; None: it failed."""
+        self._moved_chunks.inc(report.moved_chunks)
+        self._resent_chunks.inc(report.resent_chunks)
+        self.transfers.labels("sent", "failed" if seconds is None else "completed").inc()
+        if seconds is not None:
+            self._transfer_seconds.observe(seconds)
+            if report.raw_bytes:
+                self._codec_ratio.observe(report.wire_bytes / report.raw_bytes)
 
     def flush(self) -> None:
         """Once a tick, and when a transfer ends."""

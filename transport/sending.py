@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -92,6 +93,8 @@ class TransferSender:
         """The time that is left is hardly enough to send the rest."""
         self._answer: asyncio.Future[Opened] | None = None
         self._open = False
+        self.opened_s: float | None = None
+        """When the receiver had room."""
         self._closed = False
         self._failed: Exception | None = None
         self._on_failed: list[Callable[[Exception], None]] = []
@@ -179,6 +182,7 @@ class TransferSender:
         if self._failed is not None:  # a CANCEL came in the same read as the answer
             raise self._failed
         self._open = True
+        self.opened_s = time.monotonic()
         self._state.opened(opened.credit_bytes)
         if self._session is not None:
             self._session.sender_ready(self)

@@ -370,9 +370,9 @@ class Session:
             return
         self.used_s = time.monotonic()
         self.counters.flush()
-        self.counters.moved_chunks.inc(sender.report.moved_chunks)
         self._outbound.remove(sender)
-        self.counters.transfers.labels("sent", "failed" if sender.failed else "completed").inc()
+        opened_s = sender.opened_s if sender.failed is None else None
+        self.counters.ended(sender.report, None if opened_s is None else self.used_s - opened_s)
 
     def unwritten(self, sender: TransferSender) -> dict[Channel, int]:
         """The lanes that are in the middle of a chunk of `sender`, and how many bytes each has still to hand over."""

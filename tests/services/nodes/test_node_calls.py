@@ -25,6 +25,22 @@ def text_of(events: list[Any]) -> str:
     return "".join(c["choices"][0]["text"] for c in chunks if c["choices"])
 
 
+async def test_a_transfer_is_timed_and_its_compression_told(cluster: Any, make_call: Any) -> None:
+    """Once it has completed, by the node that sent it."""
+    decode, prefill = await cluster.node("decode"), await cluster.node("prefill")
+    call = make_call(prompt=bytes(range(32, 127)) * 10)
+    stream, ticket = await cluster.decode(decode, call)
+    sent = await cluster.prefill(prefill, decode, call, ticket)
+    assert (await sent.rest())[-1].name == "done"
+    await stream.rest()
+    value = prefill.metrics.registry.get_sample_value
+    assert value("prfaas_transport_transfer_seconds_count") == 1
+    assert 0 < value("prfaas_transport_transfer_seconds_sum") < 60
+    assert value("prfaas_transport_codec_ratio_count") == 1
+    assert 0.3 < value("prfaas_transport_codec_ratio_sum") < 1.2
+    assert decode.metrics.registry.get_sample_value("prfaas_transport_codec_ratio_count") == 0
+
+
 async def test_prefill_in_one_node_decode_in_the_other(cluster: Any, make_call: Any) -> None:
     """Ticket, prefill, tokens: the text is what the engine says of this prompt, each id is told once, the timeline has
     every layer on both sides in order, and afterwards nothing is held."""
