@@ -28,6 +28,9 @@ class RouterMetrics:
         self.decisions = Counter(
             "prfaas_router_decisions", "Routing decisions, refusals among them", ["reason"], registry=registry
         )
+        self.offloads = Counter(
+            "prfaas_router_offloads", "Requests that were prefilled in another region", registry=registry
+        )
         self.decision_seconds = Histogram(
             "prfaas_router_decision_seconds", "One routing decision", buckets=DECISION_BUCKETS_S, registry=registry
         )

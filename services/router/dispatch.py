@@ -112,6 +112,11 @@ class Attempt:
     answered: bool = False
     """A token has come: all KV had arrived."""
 
+    @property
+    def offloaded(self) -> bool:
+        """Prefill is in another region than decode."""
+        return self.prefill is not None and self.prefill.region != self.decode.region
+
 
 @dataclass(slots=True)
 class Progress:
@@ -554,9 +559,10 @@ class Dispatcher:
                 job.prompt.tokens,
                 progress.output_tokens,
                 in_words(attempt.decision, job.prompt.tokens) if attempt.decision is not None else "",
-                attempt.prefill is not None and attempt.prefill.region != attempt.decode.region,
+                attempt.offloaded,
                 time.time(),
             )
+            self.metrics.offloads.inc(attempt.offloaded)
             self.timelines.add(Record(facts, instants, progress.timeline, b",".join(progress.token_ids)))
 
 

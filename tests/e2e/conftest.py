@@ -50,16 +50,17 @@ def free_ports(count: int) -> list[int]:
 class Process:
     """One service; its output goes to a file, which a failing test prints."""
 
-    def __init__(self, name: str, arguments: list[str], url: str, log: Path) -> None:
+    def __init__(self, name: str, arguments: list[str], url: str, log: Path, *, own: bool = False) -> None:
+        """arguments: a module and its arguments, or (own) a program and its."""
         self.name, self.url, self.log = name, url, log
-        self._arguments = arguments
+        self._command = arguments if own else [sys.executable, "-m", *arguments]
         self.start()
 
     def start(self) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRFAAS_")} | {"OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as out:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", *self._arguments],
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
