@@ -247,7 +247,7 @@ class LinkEstimator:
             while self._bounds and self._bounds[-1].bytes_per_s <= rate:
                 self._bounds.pop()
             self._bounds.append(_Rate(self._busy_s, rate, 0.0))
-            full = self._begin_of_waiting() if self._hungry and not self._starved else None
+            full = None if self._starved else self._begin_of_waiting()
             if full is None or end.at_s - full.at_s < SLOT_S:
                 return
             begin, rate = full, _rate(full, end)
@@ -275,26 +275,16 @@ class LinkEstimator:
         for kept in (self._rates, self._bounds):
             while len(kept) > 1 and kept[0].busy_s < oldest_s:
                 kept.popleft()
-        bound = self._bounds[0].bytes_per_s if self._bounds else 0.0
         if not self._rates:
-            return bound
-        if self._bounds and self._bounds[0].busy_s < oldest_s:
-            bound = 0.0
-        return max(bound, self._usual_rate(now_s))
-
-    def _usual_rate(self, now_s: float) -> float:
+            return self._bounds[0].bytes_per_s if self._bounds else 0.0
         rates = list(self._rates)
         falling = self._falling_rate(now_s)
         if falling is not None:
-            rates = [rate for rate in rates if rate.busy_s >= falling.busy_s - WINDOW_S]
+            oldest_s = falling.busy_s - WINDOW_S
+            rates = [rate for rate in rates if rate.busy_s >= oldest_s]
             rates.append(falling)
-        rates.sort(key=lambda rate: rate.bytes_per_s)
-        left_s = QUANTILE * sum(rate.weight_s for rate in rates)
-        for rate in rates:
-            left_s -= rate.weight_s
-            if left_s <= 0:
-                return rate.bytes_per_s
-        return rates[-1].bytes_per_s
+        bounds = (bound.bytes_per_s for bound in self._bounds if bound.busy_s >= oldest_s)
+        return max(_quantile(rates), next(bounds, 0.0))
 
     def _falling_rate(self, now_s: float) -> _Rate | None:
         """Where nothing comes back though much is under way."""
@@ -348,6 +338,17 @@ def _at_s(point: _Point) -> float:
 
 def _rate(begin: _Point, end: _Point) -> float:
     return (end.delivered_bytes - begin.delivered_bytes) / (end.at_s - begin.at_s)
+
+
+def _quantile(rates: list[_Rate]) -> float:
+    """By time, of at least one."""
+    rates.sort(key=lambda rate: rate.bytes_per_s)
+    left_s = QUANTILE * sum(rate.weight_s for rate in rates)
+    for rate in rates:
+        left_s -= rate.weight_s
+        if left_s <= 0:
+            return rate.bytes_per_s
+    return rates[-1].bytes_per_s
 
 
 class _LaneHistory:
