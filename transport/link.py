@@ -4,9 +4,9 @@ Bandwidth is delivered bytes over time, from one acknowledgement to a later one,
 left at s and was acknowledged at t, what was acknowledged between the last acknowledgement before s and t. It says
 something of the link only if the session had bytes for it all the while. Where a lane found nothing to take (no KV is
 ready, the codec is slow, no credit is left, a cap holds it back) the rate is a lower bound, and only raises the
-estimate; unless what is under way says that the link is full all the same. Send buffers and proxies take whole transfers,
-so that a link which has become slower would else never be seen full. Two signs, of which the second needs no knowledge
-of the bandwidth, since the one that is believed may be far too high:
+estimate; unless what is under way says that the link is full all the same. Send buffers and proxies take whole
+transfers, so that a link which has become slower would else never be seen full. Two signs, of which the second needs no
+knowledge of the bandwidth, since the one that is believed may be far too high:
 
 - more is under way than the link carries in `FULL_S` and two round trips;
 - it *lingers*: half of it was handed over longer ago than a round trip and a slow start take, and it is still `MOST` of
@@ -108,7 +108,7 @@ class LinkEstimator:
         self._full_bytes = math.inf
         """Under way, while the link is full; as of the last estimate."""
         self._supplied: deque[tuple[float, int]] = deque()
-        """When lanes took chunks, and all bytes that they had taken by then; of the younger half of what is under way."""
+        """When lanes took chunks, and all bytes that they had taken by then; of the younger half under way."""
         self._supplied_bytes = 0
         self._most_bytes = 0
         """Under way when chunks were taken last, these included."""

@@ -196,7 +196,7 @@ def test_a_session_short_of_data_never_lowers_the_estimate() -> None:
 
 
 def known_and_idle(rate: float = 100e6, rtt_s: float = 0.005) -> tuple[LinkEstimator, float, float]:
-    """A session's estimator that has measured its link and has nothing to send any more: with the bandwidth, and now."""
+    """A session's estimator that has measured its link and has nothing to send any more, the bandwidth, and now."""
     link = SimulatedLink(rate, rtt_s)
     link.saturate()
     known = link.bandwidth_after(5)
@@ -206,8 +206,8 @@ def known_and_idle(rate: float = 100e6, rtt_s: float = 0.005) -> tuple[LinkEstim
 
 
 def tell(estimator: LinkEstimator, events: list[tuple[float, int, float]]) -> list[LinkEstimate]:
-    """Chunks, each with when it is handed over (the next thing that its lane finds is nothing, a millisecond later), its
-    size and when it is acknowledged. The estimates in between, as of each tick."""
+    """Chunks, each with when it is handed over (a millisecond later its lane finds nothing more), its size and when it
+    is acknowledged. The estimates in between, as of each tick."""
     told = [(sent_s, 0, size, sent_s) for sent_s, size, _ in events]
     told += [(sent_s + 0.001, 1, 0, 0.0) for sent_s, _, _ in events]
     told += [(acknowledged_s, 2, size, sent_s) for sent_s, size, acknowledged_s in events]
