@@ -13,12 +13,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check bench model install clean
+.PHONY: help demo test check bench reference model install clean
 
 help:
 	@echo "make demo    a real model answers across two regions, on this machine"
 	@echo "make test    the tests (fetches the model once)"
 	@echo "make check   lint, types, import rules"
+	@echo "make reference   docs/settings.md and docs/metrics.md, from the code"
 	@echo "make bench   figures: one KV lane against bare sockets"
 	@echo "make clean   remove .venv and every build product (the model cache stays)"
 	@echo "Settings: ARGS=... for demo and test, PYTHON=..., CUDA=1, TORCH_INDEX=..., UCX=1 (with install)"
@@ -38,6 +39,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/prfaas bench link $(ARGS)
+
+reference: $(STAMP)
+	@$(BIN)/python -m prfaas.services.commands.reference docs
 
 model: $(STAMP)
 	@$(BIN)/python -m prfaas.services.commands.fetch smollm2

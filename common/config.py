@@ -33,8 +33,15 @@ def setting(default: Any, help: str, check: Callable[[Any], str | None] | None =
     return field(default=default, metadata=metadata)
 
 
-def _between(low: float, high: float) -> Callable[[Any], str | None]:
-    return lambda v: None if low <= v <= high else f"must be from {low:g} to {high:g}"
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A setting's check: a number in a range, both ends included."""
+
+    low: float
+    high: float
+
+    def __call__(self, value: float) -> str | None:
+        return None if self.low <= value <= self.high else f"must be from {self.low:g} to {self.high:g}"
 
 
 def _address(value: str) -> str | None:
@@ -108,7 +115,7 @@ class ClusterConfig:
 
     secret: str = setting("", "the cluster secret that authenticates nodes and routers; needed outside loopback")
     secret_file: str = setting("", "a file that holds the cluster secret")
-    clock_skew_s: float = setting(60.0, "how far the wall clocks of two machines may differ", _between(1, 3600))
+    clock_skew_s: float = setting(60.0, "how far the wall clocks of two machines may differ", Between(1, 3600))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,51 +138,49 @@ class RouterConfig:
     offload_threshold_tokens: int = setting(
         0,
         "prompts with more uncached tokens are prefilled in the prefill region; where adaptive begins",
-        _between(0, 1 << 24),
+        Between(0, 1 << 24),
     )
     slo_ttft_s: float = setting(
-        0.0, "a request that would wait longer for its first token is refused (429); 0 = none is", _between(0, 3600)
+        0.0, "a request that would wait longer for its first token is refused (429); 0 = none is", Between(0, 3600)
     )
     slo_prefill_factor: float = setting(
-        2.0, "with router.slo_ttft_s: a prompt may take so many times its bare prefill", _between(1, 1000)
+        2.0, "with router.slo_ttft_s: a prompt may take so many times its bare prefill", Between(1, 1000)
     )
     assumed_link_gbps: float = setting(
-        10.0, "Gbit/s of a link between regions before it has been measured", _between(0.001, 1e6)
+        10.0, "Gbit/s of a link between regions before it has been measured", Between(0.001, 1e6)
     )
     share_prefixes: Literal["all", "key", "none"] = setting(
         "all", "whose cached prefixes a request may use: everybody's, its API key's, or only those with its cache_salt"
     )
     prefix_index_blocks: int = setting(
-        1_000_000, "prefix blocks that the router remembers, some 300 bytes each", _between(1, 1 << 28)
+        1_000_000, "prefix blocks that the router remembers, some 300 bytes each", Between(1, 1 << 28)
     )
-    max_body_bytes: int = setting(16 * MIB, "largest request body", _between(1024, 1 << 30))
-    default_max_output_tokens: int = setting(
-        1024, "cap on max_tokens where the client names none", _between(1, 1 << 20)
-    )
-    request_timeout_s: float = setting(600.0, "longest life of a request", _between(1, 86400))
+    max_body_bytes: int = setting(16 * MIB, "largest request body", Between(1024, 1 << 30))
+    default_max_output_tokens: int = setting(1024, "cap on max_tokens where the client names none", Between(1, 1 << 20))
+    request_timeout_s: float = setting(600.0, "longest life of a request", Between(1, 86400))
     decode_attempts: int = setting(
         5,
         "decode nodes that a request may try, those included that it loses in the middle of its output",
-        _between(1, 100),
+        Between(1, 100),
     )
     node_silent_s: float = setting(
-        10.0, "a node that writes nothing for so long is given up; nodes ping every node.ping_s", _between(0.1, 600)
+        10.0, "a node that writes nothing for so long is given up; nodes ping every node.ping_s", Between(0.1, 600)
     )
     continue_wait_s: float = setting(
-        20.0, "how long a stream that has lost its decode node waits for another one", _between(0, 3600)
+        20.0, "how long a stream that has lost its decode node waits for another one", Between(0, 3600)
     )
-    timelines: int = setting(256, "how many request timelines are kept", _between(0, 1 << 16))
-    tokenizer_threads: int = setting(1, "threads for tokenizing and JSON of long prompts", _between(1, 64))
+    timelines: int = setting(256, "how many request timelines are kept", Between(0, 1 << 16))
+    tokenizer_threads: int = setting(1, "threads for tokenizing and JSON of long prompts", Between(1, 64))
     processes: int = setting(
-        1, "router processes that share the API's port; each is a router of its own", _between(1, 64)
+        1, "router processes that share the API's port; each is a router of its own", Between(1, 64)
     )
     node_port: int = setting(
         0,
         "with several processes, process 1 takes heartbeats here, 2 one above, ...; 0 = above bind's",
-        _between(0, 65535),
+        Between(0, 65535),
     )
     advertise: str = setting("", "with several processes, the host under which nodes reach them; empty = bind's")
-    process: int = setting(0, "set by the parent of several processes: which one this is", _between(0, 64))
+    process: int = setting(0, "set by the parent of several processes: which one this is", Between(0, 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,31 +192,31 @@ class PlannerConfig:
         "convert",
         "plan the threshold and nodes' roles; the threshold alone, roles are only shown; or nothing",
     )
-    period_s: float = setting(60.0, "time between two plans", _between(0.1, 86400))
+    period_s: float = setting(60.0, "time between two plans", Between(0.1, 86400))
     min_gain: float = setting(
-        0.05, "least relative rise of the requests/s carried that is worth a conversion", _between(0, 10)
+        0.05, "least relative rise of the requests/s carried that is worth a conversion", Between(0, 10)
     )
     switch_s: float = setting(
-        60.0, "how long a node that converts is expected to serve in neither role", _between(0, 3600)
+        60.0, "how long a node that converts is expected to serve in neither role", Between(0, 3600)
     )
     horizon_s: float = setting(
-        1800.0, "a load is expected to last so long; the cost must come back within it", _between(1, 604800)
+        1800.0, "a load is expected to last so long; the cost must come back within it", Between(1, 604800)
     )
-    confirmations: int = setting(2, "plans in a row that must want the same direction", _between(1, 100))
+    confirmations: int = setting(2, "plans in a row that must want the same direction", Between(1, 100))
     cool_down_s: float = setting(
-        300.0, "from a region's last conversion, or the router's start, to the next one", _between(0, 86400)
+        300.0, "from a region's last conversion, or the router's start, to the next one", Between(0, 86400)
     )
-    max_nodes: int = setting(1, "most nodes that one plan converts", _between(1, 4096))
-    busy_utilisation: float = setting(0.85, "a stage as busy as this needs nodes, 0 to 1", _between(0, 1))
-    busy_queue_s: float = setting(5.0, "and so does one whose queue takes so long", _between(0, 3600))
-    demand_s: float = setting(600.0, "requests of so long a time make the mix that is planned for", _between(1, 604800))
-    min_requests: int = setting(100, "with fewer of them nothing is planned", _between(1, 4096))
+    max_nodes: int = setting(1, "most nodes that one plan converts", Between(1, 4096))
+    busy_utilisation: float = setting(0.85, "a stage as busy as this needs nodes, 0 to 1", Between(0, 1))
+    busy_queue_s: float = setting(5.0, "and so does one whose queue takes so long", Between(0, 3600))
+    demand_s: float = setting(600.0, "requests of so long a time make the mix that is planned for", Between(1, 604800))
+    min_requests: int = setting(100, "with fewer of them nothing is planned", Between(1, 4096))
     tpot_limit_s: float = setting(
-        0.0, "longest decode step that a plan may count on; 0 = that of a full batch", _between(0, 60)
+        0.0, "longest decode step that a plan may count on; 0 = that of a full batch", Between(0, 60)
     )
-    drain_s: float = setting(300.0, "a node whose requests don't end within so long keeps its role", _between(0, 86400))
+    drain_s: float = setting(300.0, "a node whose requests don't end within so long keeps its role", Between(0, 86400))
     lease_s: float = setting(
-        15.0, "how long the nodes' grant to the one router that plans lasts; some heartbeats", _between(0.5, 600)
+        15.0, "how long the nodes' grant to the one router that plans lasts; some heartbeats", Between(0.5, 600)
     )
 
 
@@ -222,13 +227,13 @@ class NodeConfig:
     bind: str = setting("127.0.0.1:0", "where the node's HTTP listens (port 0: any)", _address)
     advertise: str = setting("", "URL under which routers reach it; empty = from bind", _optional(_url))
     routers: tuple[str, ...] = setting(("http://127.0.0.1:8000",), "URLs of all routers", _each(_url))
-    heartbeat_s: float = setting(2.0, "time between heartbeats", _between(0.1, 60))
+    heartbeat_s: float = setting(2.0, "time between heartbeats", Between(0.1, 60))
     router_dead_s: float = setting(
-        10.0, "leases of a router that answered no heartbeat for so long are freed", _between(1, 600)
+        10.0, "leases of a router that answered no heartbeat for so long are freed", Between(1, 600)
     )
-    ping_s: float = setting(2.0, "time between ping comments on an idle response", _between(0.1, 60))
-    drain_s: float = setting(30.0, "on SIGTERM, how long running requests may go on", _between(0, 3600))
-    max_output_tokens: int = setting(32768, "cap on a request's max_tokens", _between(1, 1 << 20))
+    ping_s: float = setting(2.0, "time between ping comments on an idle response", Between(0.1, 60))
+    drain_s: float = setting(30.0, "on SIGTERM, how long running requests may go on", Between(0, 3600))
+    max_output_tokens: int = setting(32768, "cap on a request's max_tokens", Between(1, 1 << 20))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +242,8 @@ class TransportConfig:
     advertise: str = setting(
         "", "host:port under which other nodes dial the KV port; empty = bind", _optional(_address)
     )
-    lanes: int = setting(0, "connections a session; 0 = as many as the measured bandwidth needs", _between(0, 64))
-    max_lanes: int = setting(8, "most connections a session where transport.lanes is 0", _between(1, 64))
+    lanes: int = setting(0, "connections a session; 0 = as many as the measured bandwidth needs", Between(0, 64))
+    max_lanes: int = setting(8, "most connections a session where transport.lanes is 0", Between(1, 64))
     dial: Literal["sender", "receiver"] = setting(
         "sender", "which side opens sessions: the node that sends KV, or (behind NAT) the one that receives it"
     )
@@ -246,9 +251,9 @@ class TransportConfig:
         "tcp", "what carries KV: tcp, or ucx (RDMA) where both ends of a session have it, else tcp"
     )
     ucx_port: int = setting(
-        0, "where lanes over UCX are accepted, on the host of transport.bind; 0 = any free port", _between(0, 65535)
+        0, "where lanes over UCX are accepted, on the host of transport.bind; 0 = any free port", Between(0, 65535)
     )
-    chunk_bytes: int = setting(MIB, "largest chunk before the codec", _between(4096, 16 * MIB))
+    chunk_bytes: int = setting(MIB, "largest chunk before the codec", Between(4096, 16 * MIB))
     codec: Literal["auto", "raw", "lz4", "zstd"] = setting(
         "auto", "how chunks are compressed; auto = as measured rates of link and codecs say, for each kind of tensor"
     )
@@ -257,29 +262,29 @@ class TransportConfig:
         "lossy codecs that are allowed, kind=codec: key, value, latent, conv or recurrent = int8, fp8 or int4",
         _each(_lossy),
     )
-    codec_threads: int = setting(0, "threads that encode and decode; 0 = half as many as cores", _between(0, 64))
+    codec_threads: int = setting(0, "threads that encode and decode; 0 = half as many as cores", Between(0, 64))
     congestion_control: str = setting(
         "auto",
         "TCP_CONGESTION of lanes; auto = cubic, and bbr over a WAN that loses packets; empty = the kernel's default",
     )
-    egress_bytes_per_s: float = setting(0.0, "cap on what all sessions together send; 0 = none", _between(0, 1e12))
+    egress_bytes_per_s: float = setting(0.0, "cap on what all sessions together send; 0 = none", Between(0, 1e12))
     resume_s: float = setting(
-        10.0, "how long a transfer waits for a new lane when all to the peer are lost", _between(0, 3600)
+        10.0, "how long a transfer waits for a new lane when all to the peer are lost", Between(0, 3600)
     )
-    socket_buffer_bytes: int = setting(0, "SO_SNDBUF and SO_RCVBUF of lanes; 0 = the kernel's", _between(0, 1 << 30))
-    credit_bytes: int = setting(64 * MIB, "bytes in flight that a receiver grants a transfer", _between(65536, 1 << 34))
-    ping_s: float = setting(1.0, "time between PINGs", _between(0.05, 60))
-    dead_s: float = setting(10.0, "a lane that is silent for so long is dead", _between(1, 600))
-    open_timeout_s: float = setting(10.0, "how long dialling and HELLO may take", _between(0.1, 600))
+    socket_buffer_bytes: int = setting(0, "SO_SNDBUF and SO_RCVBUF of lanes; 0 = the kernel's", Between(0, 1 << 30))
+    credit_bytes: int = setting(64 * MIB, "bytes in flight that a receiver grants a transfer", Between(65536, 1 << 34))
+    ping_s: float = setting(1.0, "time between PINGs", Between(0.05, 60))
+    dead_s: float = setting(10.0, "a lane that is silent for so long is dead", Between(1, 600))
+    open_timeout_s: float = setting(10.0, "how long dialling and HELLO may take", Between(0.1, 600))
     idle_s: float = setting(
-        60.0, "a session that no router has listed and no transfer has used for so long is closed", _between(10, 86400)
+        60.0, "a session that no router has listed and no transfer has used for so long is closed", Between(10, 86400)
     )
     ticket_s: float = setting(
         600.0,
         "how long a ticket is good for before its OPEN: the longest queue; its request's end makes it void sooner",
-        _between(1, 86400),
+        Between(1, 86400),
     )
-    max_transfers: int = setting(1024, "transfers a session may have open", _between(1, 8192))
+    max_transfers: int = setting(1024, "transfers a session may have open", Between(1, 8192))
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,28 +327,28 @@ class EngineConfig:
     served_model: str = setting("", "the model's name for clients; empty = the directory's or id's name")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "dtype of weights and KV")
     device: str = setting("cpu", "torch device")
-    threads: int = setting(1, "torch threads", _between(1, 256))
-    arena_bytes: int = setting(GIB, "memory for KV, touched at start", _between(MIB, 1 << 44))
-    prefill_step_tokens: int = setting(512, "most prompt tokens that one prefill step computes", _between(1, 65536))
+    threads: int = setting(1, "torch threads", Between(1, 256))
+    arena_bytes: int = setting(GIB, "memory for KV, touched at start", Between(MIB, 1 << 44))
+    prefill_step_tokens: int = setting(512, "most prompt tokens that one prefill step computes", Between(1, 65536))
     local_prefill_step_tokens: int = setting(
-        32, "the same on a node with running streams (local prefill)", _between(1, 65536)
+        32, "the same on a node with running streams (local prefill)", Between(1, 65536)
     )
-    max_batch: int = setting(64, "most requests in one decode batch", _between(1, 4096))
-    max_prefills: int = setting(4, "most prefills whose steps interleave", _between(1, 256))
+    max_batch: int = setting(64, "most requests in one decode batch", Between(1, 4096))
+    max_prefills: int = setting(4, "most prefills whose steps interleave", Between(1, 256))
     send: Literal["layerwise", "after_prefill"] = setting(
         "layerwise", "when KV leaves: each layer as it is computed, or all after prefill (a baseline)"
     )
     join: Literal["layerwise", "when_complete"] = setting(
         "layerwise", "when decode starts: as layers arrive, or when all have (a baseline)"
     )
-    time_scale: float = setting(1.0, "emulated: multiplies every time", _between(0, 1e6))
-    prefill_tokens_per_s: float = setting(10000.0, "emulated: prefill speed", _between(1, 1e9))
-    decode_step_s: float = setting(0.02, "emulated: one decode step", _between(0, 60))
-    layers: int = setting(8, "emulated: layers", _between(1, 1024))
-    kv_heads: int = setting(2, "emulated: KV heads", _between(1, 1024))
-    head_dim: int = setting(64, "emulated: head dimension", _between(1, 65536))
-    state_bytes: int = setting(0, "emulated: recurrent state a layer", _between(0, 1 << 30))
-    bytes_scale: float = setting(1.0, "emulated: multiplies the KV bytes of the profile", _between(1e-6, 1))
+    time_scale: float = setting(1.0, "emulated: multiplies every time", Between(0, 1e6))
+    prefill_tokens_per_s: float = setting(10000.0, "emulated: prefill speed", Between(1, 1e9))
+    decode_step_s: float = setting(0.02, "emulated: one decode step", Between(0, 60))
+    layers: int = setting(8, "emulated: layers", Between(1, 1024))
+    kv_heads: int = setting(2, "emulated: KV heads", Between(1, 1024))
+    head_dim: int = setting(64, "emulated: head dimension", Between(1, 65536))
+    state_bytes: int = setting(0, "emulated: recurrent state a layer", Between(0, 1 << 30))
+    bytes_scale: float = setting(1.0, "emulated: multiplies the KV bytes of the profile", Between(1e-6, 1))
     profile: str = setting(
         "",
         "a shipped profile's name or a file that `prfaas profile` wrote: what routers expect of this node, "
@@ -352,11 +357,11 @@ class EngineConfig:
     prefix_bytes: int = setting(
         256 * MIB,
         "host memory for the KV of prefixes that later prompts may share; 0 = none is kept",
-        _between(0, 1 << 44),
+        Between(0, 1 << 44),
     )
-    prefix_block_tokens: int = setting(64, "tokens a prefix block; the same on all nodes", _between(16, 4096))
+    prefix_block_tokens: int = setting(64, "tokens a prefix block; the same on all nodes", Between(16, 4096))
     max_model_tokens: int = setting(
-        0, "longest prompt + output; 0 = the model's own (emulated: 262144)", _between(0, 1 << 24)
+        0, "longest prompt + output; 0 = the model's own (emulated: 262144)", Between(0, 1 << 24)
     )
 
 

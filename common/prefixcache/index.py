@@ -34,6 +34,8 @@ from prfaas.common.prefixcache.hashes import BlockKey
 
 MAX_HOLDERS = 1 << 16
 _FEW_HOLDERS = 16
+_FEW_AT_ONCE = 6
+"""Bits that are found one by one sooner than by numpy."""
 _SWEEP_STEP = 64
 
 
@@ -76,11 +78,19 @@ class Match:
             for number in _numbers(bits):
                 yield int(self._holders.of_bit[number]), blocks
 
-    def longest_first(self) -> Iterator[tuple[int, int]]:
-        """`pairs`, those with most blocks first."""
+    def deepest(self, most: int) -> tuple[NDArray[np.int32], list[int]]:
+        """(holders, blocks of each) of those with most blocks, longest first. Without a loop over holders."""
+        numbers: list[int] = []
+        lengths: list[int] = []
         for blocks, bits in reversed(self.steps):
-            for number in _numbers(bits):
-                yield int(self._holders.of_bit[number]), blocks
+            room = most - len(numbers)
+            if room <= 0:
+                break
+            few = bits.bit_count() <= _FEW_AT_ONCE
+            found = list(_numbers(bits)) if few else np.flatnonzero(_bits(bits))[:room].tolist()
+            numbers += found[:room]
+            lengths += [blocks] * min(room, len(found))
+        return self._holders.of_bit[numbers], lengths
 
     def blocks_of(self, holder: int) -> int:
         """Of one holder; 0 = none."""
@@ -98,13 +108,18 @@ class Match:
                 for number in _numbers(bits):
                     by_bit[number] = blocks
             else:
-                raw = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), np.uint8)
-                members = np.unpackbits(raw, bitorder="little", count=len(by_bit)).view(np.bool_)
-                np.copyto(by_bit, blocks, where=members)
+                members = _bits(bits)
+                np.copyto(by_bit[: members.size], blocks, where=members.view(np.bool_))
         lengths = np.zeros(holders, np.int64)
         bit_of = self._holders.bit_of[:holders]
         lengths[: len(bit_of)] = by_bit[bit_of]
         return lengths
+
+
+def _bits(bits: int) -> NDArray[np.uint8]:
+    """0 or 1 a bit [at least bit_length], the lowest first."""
+    raw = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), np.uint8)
+    return np.unpackbits(raw, bitorder="little", count=bits.bit_length())
 
 
 def _numbers(bits: int) -> Iterator[int]:

@@ -328,12 +328,15 @@ Holders = dict[tuple[int, int], list[tuple[int, int]]]
 def _holders(request: RequestSnapshot, prefixes: PrefixMatches, cluster: ClusterSnapshot) -> Holders:
     most = request.prompt_tokens - 1
     found: Holders = {}
-    role, region, profile = cluster.role, cluster.region, cluster.profile
+    role_of, region_of, profile_of = cluster.role.item, cluster.region.item, cluster.profile.item
     for row, tokens in zip(prefixes.nodes.tolist(), prefixes.node_tokens.tolist(), strict=True):
-        if role.item(row) == ROLE_PREFILL:
-            pool = found.setdefault((region.item(row), profile.item(row)), [])
-            if len(pool) < HOLDERS_A_POOL:
-                pool.append((row, min(tokens, most)))
+        if role_of(row) == ROLE_PREFILL:
+            key = region_of(row), profile_of(row)
+            pool = found.get(key)
+            if pool is None:
+                found[key] = [(row, tokens if tokens < most else most)]
+            elif len(pool) < HOLDERS_A_POOL:
+                pool.append((row, tokens if tokens < most else most))
     return found
 
 
@@ -350,8 +353,14 @@ def _affine(
         return least
     prefill_s, prompt, now_s = cluster.profiles[pool.profile].prefill_s, request.prompt_tokens, cluster.now_s
     best = least
+    # Who holds no more than the least loaded node starts from can't be done sooner, unless that has to fetch it.
+    fewer = best.prefill_start - (1 if best.fetch_s else 0)
+    if holders[0][1] <= fewer:
+        return least
     done_s = max(free_at.item(least.row) - now_s, best.fetch_s, 0.0) + prefill_s.at(prompt - best.prefill_start)
     for row, held in holders:
+        if held <= fewer:
+            break
         if held < best.prefill_start or free_at.item(row) == np.inf:
             continue
         node_done_s = max(0.0, free_at.item(row) - now_s) + prefill_s.at(prompt - held)

@@ -35,6 +35,8 @@ from prfaas.services import web as services_web
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
 from prfaas.services.router import processes
+from prfaas.services.router.console import handlers as console
+from prfaas.services.router.console.state import Console
 from prfaas.services.router.decision import make_policy, read_wishes
 from prfaas.services.router.dispatch import Dispatcher, Job
 from prfaas.services.router.openai import GenerationRequest, Kind
@@ -145,6 +147,7 @@ ROUTER = web.AppKey("router", Router)
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 TIMELINES = web.AppKey("timelines", Timelines)
 SESSION = web.AppKey("session", aiohttp.ClientSession)
+VIEWERS = web.AppKey("viewers", console.Viewers)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -369,6 +372,11 @@ def _check_url(router: Router, message: Heartbeat) -> None:
         )
 
 
+async def console_events(http: web.Request) -> web.StreamResponse:
+    http.app[ROUTER].authenticate(http)
+    return await http.app[VIEWERS].stream(http)
+
+
 # -- wiring -----------------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +419,9 @@ def make_app(config: Config) -> web.Application:
     app.router.add_post("/tokenize", tokenize)
     app.router.add_get("/requests/{request_id}/timeline", timeline)
     app.router.add_get("/plan", plan)
+    app.router.add_get("/console", console.page)
+    app.router.add_get("/console/events", console_events)
+    app.router.add_get("/console/{name}", console.page_file)
     app.router.add_post("/nodes/heartbeat", heartbeat)
     _count_nodes(router)
     return app
@@ -434,7 +445,9 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
             router.config.decode_attempts,
             router.config.continue_wait_s,
         )
-        adapting = asyncio.create_task(_adapting(router, roles))
+        looks = Console(router.name, version("prfaas"), router.registry, router.policy, router.planning, app[TIMELINES])
+        app[VIEWERS] = console.Viewers(looks, app[DISPATCHER].inflight)
+        adapting = asyncio.create_task(_adapting(router, roles, app[VIEWERS]))
         yield
         adapting.cancel()
         await asyncio.wait([adapting])
@@ -442,10 +455,13 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     router.prompts.close()
 
 
-async def _adapting(router: Router, roles: RoleCalls) -> None:
-    """Once a second: thresholds follow load and links, roles the plan, and the gauges all of it."""
+async def _adapting(router: Router, roles: RoleCalls, viewers: console.Viewers) -> None:
+    """Once a second: thresholds follow load and links, roles the plan, and the gauges all of it. Who looks at the
+    console sees it twice as often."""
     while True:
-        await asyncio.sleep(ADAPT_S)
+        await asyncio.sleep(ADAPT_S / 2)
+        viewers.publish(router.registry.snapshot(time.monotonic()), time.time())
+        await asyncio.sleep(ADAPT_S / 2)
         now_s = time.monotonic()
         cluster = router.registry.snapshot(now_s)
         policy, metrics = router.policy, router.metrics.router
@@ -459,6 +475,8 @@ async def _adapting(router: Router, roles: RoleCalls) -> None:
             gauge = metrics.link_bandwidth.labels(cluster.region_names[source], cluster.region_names[target])
             gauge.set(cluster.links.bandwidth_bytes_per_s.item(source, target))
         metrics.prefix_blocks.set(len(router.prefixes.index))
+        viewers.console.tick(cluster, time.time())
+        viewers.publish(cluster, time.time())
 
 
 async def _ending(app: web.Application) -> None:

@@ -146,13 +146,14 @@ def shares(
     decode, prefill = decision.decode_node, decision.prefill_node
     profile = cluster.profiles[cluster.profile.item(decode)]
     kv_bytes = int(profile.kv_bytes.at(prompt_tokens + max_output_tokens))
+    stay_s = max_output_tokens * profile.step_s(profile.max_batch, prompt_tokens + max_output_tokens)
     if prefill is None:
-        return Share(prompt_tokens, prefill_s=decision.prefill_s, kv_bytes=kv_bytes), None
+        return Share(prompt_tokens, prefill_s=decision.prefill_s, kv_bytes=kv_bytes, stay_s=stay_s), None
     pair = cluster.region.item(prefill), cluster.region.item(decode)
     uncached = max(0, prompt_tokens - decision.prefill_start)
     link = pair if decision.wire_bytes else None
     asked = Share(uncached, prefill_s=decision.prefill_s, link=link, wire_bytes=decision.wire_bytes)
-    return Share(prompt_tokens, kv_bytes=kv_bytes), asked
+    return Share(prompt_tokens, kv_bytes=kv_bytes, stay_s=stay_s), asked
 
 
 def fetch_from(

@@ -190,6 +190,10 @@ class Dispatcher:
         for deadline in self._deadlines:
             self._bring_forward(deadline, grace_s)
 
+    def inflight(self) -> int:
+        """Requests that are running."""
+        return len(self._deadlines)
+
     def _bring_forward(self, deadline: asyncio.Timeout, grace_s: float) -> None:
         at_s, when_s = asyncio.get_running_loop().time() + grace_s, deadline.when()
         if not deadline.expired() and (when_s is None or at_s < when_s):
@@ -549,6 +553,9 @@ class Dispatcher:
                 attempt.decode.name,
                 job.prompt.tokens,
                 progress.output_tokens,
+                in_words(attempt.decision, job.prompt.tokens) if attempt.decision is not None else "",
+                attempt.prefill is not None and attempt.prefill.region != attempt.decode.region,
+                time.time(),
             )
             self.timelines.add(Record(facts, instants, progress.timeline, b",".join(progress.token_ids)))
 

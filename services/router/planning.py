@@ -102,6 +102,7 @@ class Planning:
     _unfit: dict[str, str] = field(init=False, default_factory=dict)
     """Epochs, by node, that can't take another role: they are not asked again."""
     _history: deque[PastDecision] = field(init=False, default_factory=lambda: deque(maxlen=HISTORY))
+    _words: dict[str, str] = field(init=False, default_factory=dict)
     _said: dict[int, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -191,6 +192,7 @@ class Planning:
     def _decided(self, decision: SlowDecision, cluster: ClusterSnapshot, unix_s: float) -> Order | None:
         region, index = cluster.region_names[decision.home_region], decision.home_region
         self.metrics.plans.labels(region, decision.reason).inc()
+        self._words[region] = decision.sentence()
         news = decision.to_prefill or decision.threshold_tokens is not None or self._said.get(index) != decision.reason
         if decision.threshold_tokens is not None and isinstance(self.policy, AdaptiveThreshold):
             self.policy.plan(index, decision.threshold_tokens)
@@ -224,6 +226,10 @@ class Planning:
             self.router, unix_s, self.config.mode, self.why_off, self.config.period_s, lease, regions,
             list(self._history),
         )  # fmt: skip
+
+    def last_word(self, region: str) -> str:
+        """Why a home region's roles are as they are, by the last plan; "": there was none."""
+        return self._words.get(region, "")
 
     def _region(self, cluster: ClusterSnapshot, index: int) -> RegionPlan:
         name, now_s = cluster.region_names[index], cluster.now_s

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -129,9 +128,11 @@ class Prefixes:
         if found is None:
             return None
         rows, tokens = found
-        regions, firsts = np.unique(cluster.region[rows], return_index=True)
+        first = dict(zip(reversed(cluster.region[rows].tolist()), range(rows.size - 1, -1, -1), strict=True))
+        regions = sorted(first)
+        firsts = [first[region] for region in regions]
         return PrefixMatches(
-            regions,
+            np.array(regions, np.int32),
             tokens[firsts],
             rows[:MAX_HOLDERS_NAMED],
             tokens[:MAX_HOLDERS_NAMED],
@@ -148,11 +149,9 @@ def _best_holders(
     match: Match, cluster: ClusterSnapshot, block_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
     """Usable ones, longest first, and their tokens."""
-    rows: list[int] = []
-    tokens: list[int] = []
-    usable = cluster.usable
-    for row, blocks in islice(match.longest_first(), MAX_HOLDERS_SEEN):
-        if row < usable.size and usable.item(row):
-            rows.append(row)
-            tokens.append(blocks * block_tokens)
-    return (np.array(rows, np.int32), np.array(tokens, np.int64)) if rows else None
+    rows, blocks = match.deepest(MAX_HOLDERS_SEEN)
+    tokens = np.array(blocks, np.int64) * block_tokens
+    good = cluster.usable[rows]
+    if good.all():
+        return rows, tokens
+    return (rows[good], tokens[good]) if good.any() else None

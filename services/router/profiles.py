@@ -1,5 +1,8 @@
 """The profiles of the nodes that heartbeats name: each is sent once, and known by the hash of its file's bytes. Pure.
 
+Nodes that measure themselves have each a profile of their own. Policies look at pools of nodes with one profile, so
+those that are alike (`ALIKE`) count as one, the first that came: what a node is slower than that shows in its queue.
+
 A node that has none, or whose profile isn't here yet, gets a nominal one. It is no measurement: queues then weigh by
 their tokens, and KV has no size, so that neither links nor memory count.
 """
@@ -7,6 +10,7 @@ their tokens, and KV has no size, so that neither links nor memory count.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from prfaas.common import log
 from prfaas.common.errors import ConfigError
@@ -15,9 +19,15 @@ from prfaas.common.perfmodel.profiles import NodeProfile, parse, profile_id
 
 MAX_PROFILES = 64
 """Kinds of nodes; slots that no node uses are used again."""
+ALIKE = 0.15
+"""Profiles whose times differ by less, relatively, are one."""
+ALIKE_LENGTHS = (256.0, 2048.0, 16384.0, 131072.0)
+"""At which they are compared, in tokens."""
 MAX_PROFILE_BYTES = 256 << 10
 """In a heartbeat. A profile of a hundred measured points has 8 KiB."""
 MAX_BAD = 256
+MAX_NAMES = 1 << 14
+"""Ids that are known: some for each node, since a node that measures itself has a new one from time to time."""
 NOMINAL_TOKENS_PER_S = 10_000.0
 NOMINAL_STEP_S = 0.02
 NOMINAL_BATCH = 64
@@ -58,7 +68,14 @@ class Profiles:
                 self._bad.add(given_id)
             logger.warning("profile_refused", node=node, profile=given_id[:64], error=str(error)[:500])
             return
-        self._put(given_id, _that_decodes(profile))
+        profile = _that_decodes(profile)
+        like = self._like(profile)
+        if like is None:
+            self._put(given_id, profile)
+        else:
+            self._slots[given_id] = like
+            while len(self._slots) > MAX_NAMES:
+                del self._slots[next(iter(self._slots))]
         logger.info("profile", node=node, profile=given_id, name=profile.name, hardware=profile.hardware)
 
     def use(self, node: str, given_id: str, max_requests: int) -> int:
@@ -85,6 +102,13 @@ class Profiles:
     def leave(self, slot: int) -> None:
         self._users[slot] -= 1
 
+    def _like(self, profile: NodeProfile) -> int | None:
+        """A slot in use whose profile is nearly this one."""
+        for slot, other in enumerate(self.table):
+            if self._users[slot] and alike(profile, other):
+                return slot
+        return None
+
     def _has_room(self) -> bool:
         return len(self.table) < MAX_PROFILES or 0 in self._users
 
@@ -100,6 +124,22 @@ class Profiles:
             self.table[slot] = profile
         self._slots[given_id] = slot
         return slot
+
+
+def alike(one: NodeProfile, other: NodeProfile) -> bool:
+    """Of one model, with KV of the same size and as large a batch, and nearly as fast."""
+    if (one.model, one.max_batch) != (other.model, other.max_batch):
+        return False
+    near = all(
+        math.isclose(one.prefill_s.at(length), other.prefill_s.at(length), rel_tol=ALIKE)
+        and math.isclose(one.kv_bytes.at(length), other.kv_bytes.at(length), rel_tol=0.01)
+        for length in ALIKE_LENGTHS
+    )
+    return near and all(
+        math.isclose(one.step_s(batch, length), other.step_s(batch, length), rel_tol=ALIKE)
+        for batch in (1, one.max_batch)
+        for length in ALIKE_LENGTHS[:2]
+    )
 
 
 def nominal(max_batch: int) -> NodeProfile:

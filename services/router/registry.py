@@ -46,6 +46,8 @@ MAX_ROUTERS = 1 << 10
 MANY = 1 << 60
 STAY_WEIGHT = 0.05
 """Of one request's stay in a decode node, in the moving average."""
+MAX_STAY_RATIO = 10.0
+"""Of one request: one that waited long for its prefill says little of decode."""
 FIRST_STAY_S = 10.0
 """Until one has ended."""
 NO_ROLE = -1
@@ -85,6 +87,7 @@ class Node:
     """Dispatched by this router and not done, oldest first."""
     own_tokens: int = 0
     own_kv_bytes: int = 0
+    own_stay_s: float = 0.0
     """Of these."""
     own_requests_reported: int = 0
     own_tokens_reported: int = 0
@@ -165,7 +168,10 @@ class Registry:
         self._in_region: list[int] = []
         """Nodes in each region."""
         self._stay_s = FIRST_STAY_S
-        """How long a request is in a decode node, on the average."""
+        """How long a request is in a decode node, on the average; of those that other routers have sent."""
+        self._stay_ratio = 1.0
+        """How long one of this router's requests really is there, against `Share.stay_s`: outputs end sooner than they
+        may, and a place is taken while prefill computes."""
         self._lease_until_s: NDArray[np.float64] = np.zeros(0)
         self._admitted: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.model = ""
@@ -366,6 +372,7 @@ class Registry:
         node.own.append(share)
         node.own_tokens += share.tokens
         node.own_kv_bytes += share.kv_bytes
+        node.own_stay_s += share.stay_s
         if share.link is not None:
             self.links.dispatched(share.link, share.wire_bytes)
         if self._nodes[node.row] is node:
@@ -378,12 +385,16 @@ class Registry:
         node.own.remove(share)
         node.own_tokens -= share.tokens
         node.own_kv_bytes -= share.kv_bytes
+        node.own_stay_s = node.own_stay_s - share.stay_s if node.own else 0.0
         node.running_since_s = now_s
         if share.link is not None:
             self.links.dispatched(share.link, -share.wire_bytes)
         if self._nodes[node.row] is node:
             if node.role == "decode" and now_s > began_s:
                 self._stay_s += STAY_WEIGHT * (now_s - began_s - self._stay_s)
+                if share.stay_s > 0:
+                    real = min(MAX_STAY_RATIO, (now_s - began_s) / share.stay_s)
+                    self._stay_ratio += STAY_WEIGHT * (real - self._stay_ratio)
             # One that was cancelled, or done early, leaves its time to those behind it.
             rest_s = sum(other.prefill_s for other in node.own)
             free_at_s = self._snapshot.prefill_free_at_s
@@ -456,7 +467,8 @@ class Registry:
         snapshot.free_kv_bytes[row] = min(free, node.most_free_kv_bytes - node.own_kv_bytes)
         batch = snapshot.profiles[node.profile].max_batch
         ahead = requests - batch + 1
-        free_at_s = snapshot.now_s + ahead * self._stay_s / batch if ahead > 0 else 0.0
+        stay_s = self._stay_ratio * node.own_stay_s / own if node.own_stay_s > 0 else self._stay_s
+        free_at_s = snapshot.now_s + ahead * stay_s / batch if ahead > 0 else 0.0
         snapshot.decode_free_at_s[row] = free_at_s
 
     def _admit(self, node: Node) -> None:
@@ -471,6 +483,10 @@ class Registry:
         if bool(np.any(snapshot.usable & (snapshot.role == ROLE_DECODE))):
             return None
         return "no usable decode node"
+
+    def nodes(self) -> list[Node]:
+        """All of them, by name."""
+        return [self._by_name[name] for name in sorted(self._by_name)]
 
     def __len__(self) -> int:
         """Of all nodes, those included that were lost lately."""

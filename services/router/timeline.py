@@ -7,7 +7,8 @@ offset that the heartbeats measured, the prefill node's with that and the lanes'
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 from prfaas.services.messages import DecodeNodeTimeline
@@ -96,6 +97,25 @@ class RequestFacts:
     decode_node: str
     prompt_tokens: int
     output_tokens: int
+    words: str = ""
+    """What it was decided by, as in the response header."""
+    offloaded: bool = False
+    """Its prefill was in another region than its decode."""
+    ended_unix_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of all requests that have ended, since the start."""
+
+    ended: int = 0
+    offloaded: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def add(self, facts: RequestFacts) -> None:
+        self.ended += 1
+        self.offloaded += facts.offloaded
+        self.reasons[facts.decision] = self.reasons.get(facts.decision, 0) + 1
 
 
 def build_timeline(facts: RequestFacts, router: RouterInstants, node: DecodeNodeTimeline | None) -> Timeline:
@@ -198,8 +218,10 @@ class Timelines:
     def __init__(self, most: int) -> None:
         self._most = most
         self._records: OrderedDict[str, Record] = OrderedDict()
+        self.counts = Counts()
 
     def add(self, record: Record) -> None:
+        self.counts.add(record.facts)
         self._records.pop(record.facts.request_id, None)
         self._records[record.facts.request_id] = record
         while len(self._records) > self._most:
@@ -207,3 +229,7 @@ class Timelines:
 
     def get(self, request_id: str) -> Record | None:
         return self._records.get(request_id)
+
+    def newest(self, most: int) -> list[Record]:
+        """Of those that are kept, the last one first."""
+        return list(islice(reversed(self._records.values()), most))

@@ -156,7 +156,7 @@ class Services:
             "router",
             *("--bind", f"{link.near.address}:{ROUTER_PORT}", "--model", "bytes"),
             *("--router-policy", POLICIES[name], "--threshold", str(round(threshold))),
-            *("--router-request-timeout-s", "7200"),
+            *("--router-request-timeout-s", "7200", "--planner-mode", "off"),
         )
         for group in system.cluster.groups:
             for i in range(group.nodes):

@@ -26,6 +26,7 @@ from prfaas.common.config import (
     Config,
     EngineConfig,
     NodeConfig,
+    PlannerConfig,
     RouterConfig,
     TlsConfig,
     TransportConfig,
@@ -33,7 +34,7 @@ from prfaas.common.config import (
 from prfaas.common.errors import ConfigError
 from prfaas.services import tls as services_tls
 from prfaas.services.engine.emulated.engine import EmulatedEngine
-from prfaas.services.messages import Heartbeat, KvAddressMessage, LoadMessage, to_json
+from prfaas.services.messages import Heartbeat, KvAddressMessage, LoadMessage, RoleCall, to_json
 from prfaas.services.node.app import Node, running_node
 from prfaas.services.router.app import ROUTER, listening, make_app
 from prfaas.services.web import Signer, client_session, signed_post
@@ -62,7 +63,8 @@ class Cluster:
 
     async def start(self) -> None:
         router = RouterConfig(name="r1", model_path="bytes")
-        self.app = make_app(Config(router=router, cluster=CLUSTER, tls=self.files("r1")))
+        planner = PlannerConfig(lease_s=1.0)
+        self.app = make_app(Config(router=router, planner=planner, cluster=CLUSTER, tls=self.files("r1")))
         _, port = await self.stack.enter_async_context(listening(self.app, "127.0.0.1:0"))
         self.url = f"https://127.0.0.1:{port}"
 
@@ -99,7 +101,8 @@ class Cluster:
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    make_certificates(tmp_path, "r1:router:127.0.0.1", "r2:router", "p1:prefill", "d1:decode", "d2:decode")
+    make_certificates(tmp_path, "r1:router:127.0.0.1", "r2:router", "p1:prefill", "d1:decode", "d2:decode",
+                      "b1:prefill+decode")  # fmt: skip
     async with contextlib.AsyncExitStack() as stack, client_session() as session:
         made = Cluster(tmp_path, stack, session)
         await made.start()
@@ -350,3 +353,23 @@ async def test_files_that_are_gone_do_not_stop_a_running_router(cluster: Cluster
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     async with cluster.session.get(cluster.url + "/healthz", ssl=client) as answer:
         assert answer.status == 200
+
+
+async def test_a_node_takes_the_roles_of_its_certificate_alone(cluster: Cluster, until: Any) -> None:
+    """Told by the router that holds its lease, with the router's certificate: the node whose certificate names both
+    roles comes back in the other one, and the other node says what would mend it."""
+    both, one = await cluster.node("decode", "b1"), await cluster.node("decode", "d1")
+    planning = cluster.app[ROUTER].planning
+    await until(lambda: all(node.roles.grant.to(time.monotonic()) == planning.holder for node in (both, one)))
+    call = RoleCall("r1", planning.holder, "prefill")
+    for caller in ("r2", "d2"):
+        status, message = await cluster.call(both.url, "role", call, caller)
+        assert status == 401, message
+    status, message = await cluster.call(one.url, "role", call, "r1")
+    assert status == 409
+    assert "prfaas certs init --nodes d1:prefill+decode" in message
+    status, _ = await cluster.call(both.url, "role", call, "r1", ("decode", "prefill"))
+    assert status == 200
+    registry = cluster.app[ROUTER].registry
+    await until(lambda: registry._by_name["b1"].role == "prefill" and not registry._by_name["b1"].draining)
+    assert (both.role, one.role) == ("prefill", "decode")

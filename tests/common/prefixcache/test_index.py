@@ -104,6 +104,9 @@ class IndexMachine(RuleBasedStateMachine):
         chain = keys(CHAINS[0])
         for match in (self.index.match(chain), self.index.match_exact(chain)):
             pairs = dict(match.pairs())
+            rows, blocks = match.deepest(HOLDERS)
+            assert dict(zip(rows.tolist(), blocks, strict=True)) == pairs
+            assert blocks == sorted(blocks, reverse=True)
             assert match.lengths(HOLDERS + 1).tolist() == [pairs.get(holder, 0) for holder in range(HOLDERS + 1)]
 
 
@@ -143,6 +146,11 @@ def test_lengths_are_columns_over_holders() -> None:
     lengths = index.match(chain).lengths(1000)
     assert lengths.tolist() == [1 + holder % 100 if holder < 300 else 0 for holder in range(1000)]
     assert index.match(chain).lengths(7).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    for most in (1, 10, 64, 2000):
+        rows, blocks = index.match(chain).deepest(most)
+        assert len(rows) == len(blocks) == min(most, int((lengths > 0).sum()))
+        assert blocks == sorted(lengths.tolist(), reverse=True)[: len(rows)]
+        assert lengths[rows].tolist() == blocks
     assert index.match(chain).longest == 100
     assert index.match([]).longest == index.match(chain_of(2, 3)).longest == 0
     assert index.match(chain[:50]).lengths(300).max() == 50

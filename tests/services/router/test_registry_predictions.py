@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -112,6 +113,26 @@ def test_a_heartbeat_corrects_the_prediction_and_knows_what_is_running() -> None
     assert free_in_s(registry, node, 3.0) == 0.0
 
 
+def test_own_prefills_of_different_lengths_keep_their_times() -> None:
+    """The node reports how many tokens in all, which says too little where a long prompt takes more than its share;
+    what other routers have sent beside them is reckoned by its mean length."""
+    squares = tuple(float(n * n) for n in range(11))
+    slow = dataclasses.replace(PROFILE, prefill_s=Curve(tuple(1000.0 * n for n in range(1, 11)), squares[1:]))
+    registry = Registry()
+    node = register(registry, with_profile(beat(), slow))
+    registry.snapshot(0.0)
+    with (
+        registry.dispatched(node, 9000, Share(9000, prefill_s=81.0)),
+        registry.dispatched(node, 1000, Share(1000, prefill_s=1.0)),
+    ):
+        load = LoadMessage(queued_requests=1, running_requests=1, queued_tokens=10_000)
+        registry.heartbeat(with_profile(beat(load=load), slow), 0.0)
+        assert free_in_s(registry, node, 0.0) == pytest.approx(82.0)
+        load = LoadMessage(queued_requests=3, running_requests=1, queued_tokens=14_000)
+        registry.heartbeat(with_profile(beat(load=load), slow), 1.0)
+        assert free_in_s(registry, node, 1.0) == pytest.approx(81.0 + 2 * 4.0)
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 5), st.floats(0, 3), st.booleans()), max_size=20))
 def test_a_node_is_free_again_when_all_has_ended(events: list[tuple[float, float, bool]]) -> None:
@@ -141,6 +162,27 @@ def test_a_node_is_free_again_when_all_has_ended(events: list[tuple[float, float
 
 
 # -- decode nodes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_place_is_waited_for_as_long_as_the_requests_there_stay() -> None:
+    """Short answers came before; long ones fill the batch now: that is what counts. As requests end sooner than they
+    might, less is expected of the next."""
+    registry = Registry()
+    node = register(registry, with_profile(beat("d", "decode", "home")))
+    for i in range(60):
+        registry.snapshot(float(i))
+        with registry.dispatched(node, 10, Share(10, stay_s=0.5)):
+            registry.snapshot(i + 0.5)
+    with registry.dispatched(node, 10, Share(10, stay_s=8.0)), registry.dispatched(node, 10, Share(10, stay_s=4.0)):
+        snapshot = registry.snapshot(60.0)
+        assert snapshot.decode_free_at_s[node.row] - snapshot.now_s == pytest.approx(6.0 / 2, abs=0.6)
+    for i in range(100):
+        registry.snapshot(100.0 + i)
+        with registry.dispatched(node, 10, Share(10, stay_s=1.0)):
+            registry.snapshot(100.5 + i)
+    registry.snapshot(300.0)
+    with registry.dispatched(node, 10, Share(10, stay_s=8.0)), registry.dispatched(node, 10, Share(10, stay_s=4.0)):
+        assert registry.snapshot(300.0).decode_free_at_s[node.row] - 300.0 == pytest.approx(3.0 / 2, abs=0.05)
 
 
 def test_places_and_memory_of_a_decode_node() -> None:
@@ -213,20 +255,39 @@ def test_profiles_have_a_bound_and_slots_are_used_again() -> None:
     """Nodes that come and go with a profile of their own each."""
     registry = Registry()
     for i in range(3 * MAX_PROFILES):
-        profile = NodeProfile(f"p{i}", "m", "h", 1, PROFILE.prefill_s, PROFILE.kv_bytes, PROFILE.decode_step_s)
+        profile = dataclasses.replace(PROFILE, name=f"p{i}", max_batch=i + 1)
         node = register(registry, with_profile(beat(), profile))
         assert registry.snapshot(0.0).profiles[node.profile].name == f"p{i}"
     assert len(registry.snapshot(0.0).profiles) <= MAX_PROFILES
     many = [
         with_profile(
             beat(f"n{i}"),
-            NodeProfile(f"q{i}", "m", "h", 1, PROFILE.prefill_s, PROFILE.kv_bytes, PROFILE.decode_step_s),
+            dataclasses.replace(PROFILE, name=f"q{i}", max_batch=1000 + i),
         )
         for i in range(2 * MAX_PROFILES)
     ]
     for message in many:
         register(registry, message)
     assert len(registry.snapshot(0.0).profiles) == MAX_PROFILES
+
+
+def test_nodes_that_are_nearly_alike_share_a_profile() -> None:
+    """Each has measured itself, within some percent of the others: they are one pool, and none gets a profile that is
+    not its own kind's, however many there are. One that is twice as slow is another kind."""
+    registry, rng = Registry(), np.random.default_rng(1)
+
+    def measured(name: str, factor: float) -> NodeProfile:
+        times = tuple(factor * value for value in PROFILE.prefill_s.values)
+        return dataclasses.replace(PROFILE, name=name, prefill_s=Curve((1.0, 1000.0), times, "linear"))
+
+    nodes = []
+    for i in range(3 * MAX_PROFILES):
+        factor = (2.0 if i % 10 == 0 else 1.0) * float(rng.uniform(0.96, 1.04))
+        nodes.append((factor, register(registry, with_profile(beat(f"n{i}"), measured(f"n{i}", factor)))))
+    profiles = registry.snapshot(0.0).profiles
+    assert len(profiles) == 2
+    for factor, node in nodes:
+        assert profiles[node.profile].prefill_s.at(1000.0) == pytest.approx(factor, rel=0.09)
 
 
 def test_a_profile_without_decode_serves_a_node_that_decodes() -> None:
