@@ -3,12 +3,19 @@
 Bandwidth is delivered bytes over time, from one acknowledgement to a later one, as TCP's BBR takes it: of a chunk that
 left at s and was acknowledged at t, what was acknowledged between the last acknowledgement before s and t. It says
 something of the link only if the session had bytes for it all the while. Where a lane found nothing to take (no KV is
-ready, the codec is slow, no credit is left, a cap holds it back) and no more is under way than what fills the link, the
-rate is a lower bound, and only raises the estimate. What is under way counts, since send buffers and proxies take whole
-transfers: a link that has become slower would else never be seen full.
+ready, the codec is slow, no credit is left, a cap holds it back) the rate is a lower bound, and only raises the
+estimate; unless what is under way says that the link is full all the same. Send buffers and proxies take whole
+transfers, so that a link which has become slower would else never be seen full. Two signs, of which the second needs no
+knowledge of the bandwidth, since the one that is believed may be far too high:
 
-Samples age by *busy* time, in which the lanes had enough to do: a link that sat idle is still what it was, and one that
-has changed is noticed after `WINDOW_S` of work at most.
+- more is under way than the link carries in `FULL_S` and two round trips;
+- it *lingers*: half of it was handed over longer ago than a round trip and a slow start take, and it is still `MOST` of
+  what it was when something was handed over last (the rest may be waiting for the slowest lane only).
+
+Then the rate from one acknowledgement to a later one is the link's, since all that came had been waiting.
+
+Samples age by the *busy* time that was measured, in which the link had enough to do: a link that sat idle is still what
+it was, and one that has changed is noticed after `WINDOW_S` of work at most.
 """
 
 from __future__ import annotations
@@ -36,6 +43,9 @@ SAMPLE_POINTS = 8
 KEPT_POINTS = 4096
 FULL_S = 0.1
 """A link is full while so much of what it carries, and two round trips' worth, is under way."""
+START_RTTS = 8
+"""A lane that was idle has its window again after so many: it doubles each time, from some 15 KB."""
+MOST = 0.25
 USE_S = 1.0
 """Utilisation is of the last so long."""
 LOSS_WINDOW_S = 10.0
@@ -70,7 +80,7 @@ class _Point(NamedTuple):
 
 class _Rate(NamedTuple):
     busy_s: float
-    """The busy clock at its end."""
+    """The busy clock at its end: the weights of all rates so far."""
     bytes_per_s: float
     weight_s: float
 
@@ -87,6 +97,8 @@ class LinkEstimator:
         self._bounds: deque[_Rate] = deque()
         """Lower bounds, falling from the left to the right."""
         self._busy_s = 0.0
+        self._unmeasured_s = 0.0
+        """Time in which the link had enough to do, since the latest rate."""
         self._now_s = -math.inf
         self._hungry = True
         """A lane found nothing to take."""
@@ -95,6 +107,13 @@ class LinkEstimator:
         self._starved_s = -math.inf
         self._full_bytes = math.inf
         """Under way, while the link is full; as of the last estimate."""
+        self._supplied: deque[tuple[float, int]] = deque()
+        """When lanes took chunks, and all bytes that they had taken by then; of the younger half under way."""
+        self._supplied_bytes = 0
+        self._most_bytes = 0
+        """Under way when chunks were taken last, these included."""
+        self._linger_s = math.inf
+        """What is under way for longer waits for the link; as of the last estimate."""
         self._queued_bytes = 0
         self._in_flight_bytes = 0
         self._rtt_s = 0.0
@@ -123,9 +142,9 @@ class LinkEstimator:
             points.append(point)
         if len(points) > 2 * KEPT_POINTS:
             del points[:KEPT_POINTS]
+        self._measure(sent_s, point)
         self._in_flight_bytes = max(0, self._in_flight_bytes - wire_bytes)
         self._look_if_starved()
-        self._measure(sent_s, point)
 
     def starved(self, now_s: float) -> None:
         """A lane could take a chunk and there was none for it. Holds until `supplied`."""
@@ -135,10 +154,12 @@ class LinkEstimator:
 
     def supplied(self, wire_bytes: int, now_s: float) -> None:
         """A lane took chunks of so many bytes."""
+        self._advance(now_s)
         self._in_flight_bytes += wire_bytes
-        if self._hungry:
-            self._advance(now_s)
-            self._hungry = self._starved = False
+        self._most_bytes = self._in_flight_bytes
+        self._supplied_bytes += wire_bytes
+        self._supplied.append((now_s, self._supplied_bytes))
+        self._hungry = self._starved = False
 
     def queue(self, queued_bytes: int, in_flight_bytes: int, now_s: float) -> None:
         """KV that is ready and not acknowledged, and bytes that lanes have taken and aren't acknowledged (chunks of
@@ -167,6 +188,7 @@ class LinkEstimator:
         bandwidth = self._bandwidth(now_s)
         rtt_s, min_rtt_s = self._round_trip()
         self._full_bytes = bandwidth * (FULL_S + 2 * min_rtt_s) if bandwidth else math.inf
+        self._linger_s = FULL_S + max(START_RTTS * min_rtt_s, rtt_s) if min_rtt_s else math.inf
         return LinkEstimate(
             bandwidth_bytes_per_s=bandwidth,
             rtt_s=rtt_s,
@@ -192,66 +214,91 @@ class LinkEstimator:
     # -- inside
 
     def _advance(self, now_s: float) -> None:
+        busy_from_s = self._now_s
         if self._starved:
-            self._starved_s = now_s
-        elif now_s > self._now_s > -math.inf:
-            self._busy_s += now_s - self._now_s
+            busy_from_s = max(busy_from_s, self._lingers_from_s())
+            self._starved, self._starved_s = now_s <= busy_from_s, min(now_s, busy_from_s)
+        if now_s > busy_from_s > -math.inf:
+            self._unmeasured_s += now_s - busy_from_s
         self._now_s = max(self._now_s, now_s)
 
     def _look_if_starved(self) -> None:
         """As of the last `_advance`."""
-        starved = self._hungry and self._in_flight_bytes <= self._full_bytes
+        lingers = self._now_s > self._lingers_from_s()
+        starved = self._hungry and not lingers and self._in_flight_bytes <= self._full_bytes
         if starved and not self._starved:
             self._starved_s = self._now_s
         self._starved = starved
 
+    def _lingers_from_s(self) -> float:
+        """From when on half of what is under way has been so for too long, if nothing more is handed over."""
+        supplied = self._supplied
+        while supplied and supplied[0][1] < self._supplied_bytes - self._in_flight_bytes / 2:
+            supplied.popleft()
+        left = self._in_flight_bytes >= MOST * self._most_bytes > 0
+        return supplied[0][0] + self._linger_s if supplied and left else math.inf
+
     def _measure(self, sent_s: float, end: _Point) -> None:
-        points = self._points
-        earliest = points[-SAMPLE_POINTS - 1].at_s if len(points) > SAMPLE_POINTS else -math.inf
-        begin_s = min(sent_s, max(self._flight_s, min(end.at_s - SLOT_S, earliest)))
-        index = bisect_right(points, begin_s, key=_at_s) - 1
-        if index < 0 or end.at_s <= points[index].at_s:
+        begin = self._begin(sent_s, end)
+        if begin is None or end.at_s <= begin.at_s:
             return  # it was under way for longer than anything is remembered
-        begin = points[index]
-        rate = (end.delivered_bytes - begin.delivered_bytes) / (end.at_s - begin.at_s)
+        rate = _rate(begin, end)
         if self._starved or self._starved_s >= begin.at_s:
             while self._bounds and self._bounds[-1].bytes_per_s <= rate:
                 self._bounds.pop()
             self._bounds.append(_Rate(self._busy_s, rate, 0.0))
-            return
+            full = None if self._starved else self._begin_of_waiting()
+            if full is None or end.at_s - full.at_s < SLOT_S:
+                return
+            begin, rate = full, _rate(full, end)
         self._latest = begin
-        since_s = self._busy_s - self._rates[-1].busy_s if self._rates else SLOT_S
-        if since_s >= SLOT_S:
-            self._rates.append(_Rate(self._busy_s, rate, since_s))
+        weight_s = min(self._unmeasured_s, end.at_s - begin.at_s) if self._rates else SLOT_S
+        if weight_s >= SLOT_S:
+            self._busy_s += weight_s
+            self._unmeasured_s = 0.0
+            self._rates.append(_Rate(self._busy_s, rate, weight_s))
+
+    def _begin(self, sent_s: float, end: _Point) -> _Point | None:
+        points = self._points
+        earliest = points[-SAMPLE_POINTS - 1].at_s if len(points) > SAMPLE_POINTS else -math.inf
+        begin_s = min(sent_s, max(self._flight_s, min(end.at_s - SLOT_S, earliest)))
+        index = bisect_right(points, begin_s, key=_at_s) - 1
+        return points[index] if index >= 0 else None
+
+    def _begin_of_waiting(self) -> _Point | None:
+        """The first acknowledgement since the link has been full, after a slow start."""
+        index = bisect_right(self._points, max(self._starved_s, self._flight_s + self._linger_s), key=_at_s)
+        return self._points[index] if index < len(self._points) else None
 
     def _bandwidth(self, now_s: float) -> float:
         oldest_s = self._busy_s - WINDOW_S
         for kept in (self._rates, self._bounds):
             while len(kept) > 1 and kept[0].busy_s < oldest_s:
                 kept.popleft()
-        bound = self._bounds[0].bytes_per_s if self._bounds else 0.0
         if not self._rates:
-            return bound
-        if self._bounds and self._bounds[0].busy_s < oldest_s:
-            bound = 0.0
-        return max(bound, self._usual_rate(now_s))
-
-    def _usual_rate(self, now_s: float) -> float:
+            return self._bounds[0].bytes_per_s if self._bounds else 0.0
         rates = list(self._rates)
+        falling = self._falling_rate(now_s)
+        if falling is not None:
+            oldest_s = falling.busy_s - WINDOW_S
+            rates = [rate for rate in rates if rate.busy_s >= oldest_s]
+            rates.append(falling)
+        bounds = (bound.bytes_per_s for bound in self._bounds if bound.busy_s >= oldest_s)
+        return max(_quantile(rates), next(bounds, 0.0))
+
+    def _falling_rate(self, now_s: float) -> _Rate | None:
+        """Where nothing comes back though much is under way."""
+        last = self._points[-1]
+        since_s = max(last.at_s, self._starved_s)
+        silent_s = now_s - since_s
+        if self._starved or silent_s <= SLOT_S:
+            return None
         begin = self._latest
-        silent_s = self._busy_s - rates[-1].busy_s
-        if silent_s > SLOT_S and begin is not None and now_s > begin.at_s:
-            # Nothing comes back though much is under way: the rate is falling while we look.
-            delivered = self._points[-1].delivered_bytes - begin.delivered_bytes
-            falling = min(rates[-1].bytes_per_s, delivered / (now_s - begin.at_s))
-            rates.append(_Rate(self._busy_s, falling, min(silent_s, WINDOW_S)))
-        rates.sort(key=lambda rate: rate.bytes_per_s)
-        left_s = QUANTILE * sum(rate.weight_s for rate in rates)
-        for rate in rates:
-            left_s -= rate.weight_s
-            if left_s <= 0:
-                return rate.bytes_per_s
-        return rates[-1].bytes_per_s
+        if begin is not None and begin.at_s > self._starved_s:
+            falling = (last.delivered_bytes - begin.delivered_bytes) / (now_s - begin.at_s)
+        else:
+            falling = self._in_flight_bytes / silent_s  # it would be back by now
+        return _Rate(self._busy_s + silent_s, min(self._rates[-1].bytes_per_s, falling), min(silent_s, WINDOW_S))
 
     def _utilisation(self, bandwidth: float, now_s: float) -> float:
         if not bandwidth:
@@ -287,6 +334,21 @@ class LinkEstimator:
 
 def _at_s(point: _Point) -> float:
     return point.at_s
+
+
+def _rate(begin: _Point, end: _Point) -> float:
+    return (end.delivered_bytes - begin.delivered_bytes) / (end.at_s - begin.at_s)
+
+
+def _quantile(rates: list[_Rate]) -> float:
+    """By time, of at least one."""
+    rates.sort(key=lambda rate: rate.bytes_per_s)
+    left_s = QUANTILE * sum(rate.weight_s for rate in rates)
+    for rate in rates:
+        left_s -= rate.weight_s
+        if left_s <= 0:
+            return rate.bytes_per_s
+    return rates[-1].bytes_per_s
 
 
 class _LaneHistory:

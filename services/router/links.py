@@ -8,11 +8,12 @@ for each pair of regions
     while a session is busy (half its bandwidth or more is used):
         estimate = max(carried, that session's bandwidth)              up and down, as the link does
     else
-        estimate = max(estimate, carried, the session's bandwidth)     an idle link can only turn out to be wider, and
-                                                                       only by a bandwidth that is news: what a session
-                                                                       measured long ago says nothing of the link now
+        estimate = max(estimate, carried, the session's bandwidth)     an idle link can only turn out to be wider
 
-and utilisation = carried / estimate. A pair that nobody has measured has the assumed bandwidth: unknown doesn't mean
+A bandwidth that a session says again is no news: it may have been measured long ago, and counts as the estimate at
+most. So a session that begins to use a link which others have found narrow doesn't widen it by what it remembers.
+
+Utilisation = carried / estimate. A pair that nobody has measured has the assumed bandwidth: unknown doesn't mean
 that there is no link. The same inside a region (the diagonal), for fetches between its nodes.
 
 Bandwidths are on the wire and policies reckon with bytes of KV: `compressed` says how much smaller the codec makes it.
@@ -91,15 +92,14 @@ class Links:
         estimates: dict[int, tuple[float, float]] = {}
         for target, link in links:
             carried, queued = now.get(target, (0.0, 0.0))
-            using = min(1.0, link.utilisation)
-            now[target] = carried + using * link.bandwidth_bytes_per_s, queued + link.queued_bytes
+            using, bandwidth = min(1.0, link.utilisation), link.bandwidth_bytes_per_s
+            said[link.peer] = bandwidth
+            known = float(self._measured[source, target])
+            if known and before.get(link.peer) == bandwidth:
+                bandwidth = min(bandwidth, known)
+            now[target] = carried + using * bandwidth, queued + link.queued_bytes
             busiest, widest = estimates.get(target, (0.0, 0.0))
-            if using >= BUSY:
-                busiest = max(busiest, link.bandwidth_bytes_per_s)
-            said[link.peer] = link.bandwidth_bytes_per_s
-            if before.get(link.peer) != link.bandwidth_bytes_per_s:
-                widest = max(widest, link.bandwidth_bytes_per_s)
-            estimates[target] = busiest, widest
+            estimates[target] = max(busiest, bandwidth if using >= BUSY else 0.0), max(widest, bandwidth)
             if link.rtt_s > 0:
                 self._saw_rtt((source, target), link.rtt_s)
         self._heard[row] = now

@@ -156,6 +156,27 @@ def test_a_slower_link_is_noticed_where_buffers_take_whole_transfers() -> None:
     assert link.bandwidth_after(1) == pytest.approx(25e6, rel=0.15)
 
 
+@pytest.mark.parametrize("size_mib", [1, 2, 12])
+def test_a_far_slower_link_is_noticed_by_transfers_that_buffers_take_whole(size_mib: int) -> None:
+    """A fortieth of what is believed, so that what is under way looks like little, whatever a transfer's size: within
+    seven seconds of traffic. Once the link is wide again, the first transfer shows it."""
+    link = SimulatedLink(100e6, rtt_s=0.005, window_bytes=16 * MIB, chunk_bytes=128 << 10)
+    link.saturate()
+    assert link.bandwidth_after(5) == pytest.approx(100e6, rel=0.1)
+    link.relax()
+    link.run(1)
+    link.rate, took_s = 2.5e6, 0.0
+    while took_s < 7:
+        link.put(size_mib * MIB)
+        link.run(size_mib * MIB / link.rate)
+        took_s += size_mib * MIB / link.rate
+        found = link.run(0.5)
+    assert found.bandwidth_bytes_per_s == pytest.approx(2.5e6, rel=0.15)
+    link.rate = 100e6
+    link.put(12 * MIB)
+    assert link.bandwidth_after(0.3) == pytest.approx(100e6, rel=0.2)
+
+
 def test_bandwidth_is_unknown_before_the_first_acknowledgement() -> None:
     """0.0, as documented; so are the times, and nothing is lost or in use."""
     assert LinkEstimator().estimate(5.0) == LinkEstimate(0.0, 0.0, 0.0, 0.0, 0.0, 0)
@@ -172,6 +193,97 @@ def test_a_session_short_of_data_never_lowers_the_estimate() -> None:
         found = link.run(1)
     assert found.bandwidth_bytes_per_s == pytest.approx(known, rel=0.02)
     assert found.utilisation < 0.01
+
+
+def known_and_idle(rate: float = 100e6, rtt_s: float = 0.005) -> tuple[LinkEstimator, float, float]:
+    """A session's estimator that has measured its link and has nothing to send any more, the bandwidth, and now."""
+    link = SimulatedLink(rate, rtt_s)
+    link.saturate()
+    known = link.bandwidth_after(5)
+    link.relax()
+    link.run(2)
+    return link.estimator, known, link.now_s
+
+
+def tell(estimator: LinkEstimator, events: list[tuple[float, int, float]]) -> list[LinkEstimate]:
+    """Chunks, each with when it is handed over (a millisecond later its lane finds nothing more), its size and when it
+    is acknowledged. The estimates in between, as of each tick."""
+    told = [(sent_s, 0, size, sent_s) for sent_s, size, _ in events]
+    told += [(sent_s + 0.001, 1, 0, 0.0) for sent_s, _, _ in events]
+    told += [(acknowledged_s, 2, size, sent_s) for sent_s, size, acknowledged_s in events]
+    begin_s, end_s = min(told)[0], max(told)[0]
+    told += [(begin_s + 0.1 * tick, 3, 0, 0.0) for tick in range(int((end_s - begin_s) * 10) + 2)]
+    found = []
+    for now_s, kind, size, sent_s in sorted(told):
+        if kind == 0:
+            estimator.supplied(size, now_s)
+        elif kind == 1:
+            estimator.starved(now_s)
+        elif kind == 2:
+            estimator.acknowledged(size, sent_s, now_s)
+        else:
+            found.append(estimator.estimate(now_s))
+    return found
+
+
+def test_a_trickle_never_lowers_the_estimate_however_long_it_lasts() -> None:
+    """Each chunk takes a moment until the lane has found that there is no other: that is no work to measure by."""
+    estimator, known, now_s = known_and_idle()
+    starts = [now_s + 0.05 * i for i in range(6000)]
+    found = tell(estimator, [(at_s, 100_000, at_s + 0.012) for at_s in starts])
+    assert {estimate.bandwidth_bytes_per_s for estimate in found} == {known}
+    at_s = starts[-1] + 1.0  # and no moment of a slow link counts for all of them
+    found = tell(estimator, [(at_s, 50_000, at_s + 0.02 * i) for i in range(1, 20)])
+    assert found[-1].bandwidth_bytes_per_s == known
+
+
+def test_a_trickle_that_halts_now_and_then_never_lowers_the_estimate() -> None:
+    """A packet is lost and its timer runs out, a peer was busy: chunks wait for half a second and come all at once."""
+    estimator, known, now_s = known_and_idle()
+    starts = [now_s + 0.05 * i for i in range(4000)]
+    halts = [now_s + 5 * (int((at_s - now_s) / 5)) for at_s in starts]
+    events = [
+        (at_s, 100_000, max(at_s + 0.012, halt_s + 0.5 + 0.006 * (at_s - halt_s)))
+        for at_s, halt_s in zip(starts, halts, strict=True)
+    ]
+    found = tell(estimator, events)
+    assert min(estimate.bandwidth_bytes_per_s for estimate in found) == pytest.approx(known, rel=0.02)
+    assert found[-1].bandwidth_bytes_per_s == pytest.approx(known, rel=0.02)
+
+
+@pytest.mark.parametrize(("wait_s", "rtt_s"), [(0.6, 0.6), (0.25, 0.005)])
+def test_a_trickle_behind_what_others_send_never_lowers_the_estimate(wait_s: float, rtt_s: float) -> None:
+    """It waits in a full queue of the network, which the round trip shows or a proxy hides: its rate is its own."""
+    estimator, known, now_s = known_and_idle()
+    estimator.lanes({1: lane(rtt_s=rtt_s, min_rtt_s=0.005)}, now_s)
+    starts = [now_s + 3 * transfer + 0.05 * i for transfer in range(20) for i in range(40)]
+    found = tell(estimator, [(at_s, 100_000, at_s + wait_s) for at_s in starts])
+    assert found[-1].bandwidth_bytes_per_s == known
+
+
+@pytest.mark.parametrize("size", [6_000_000, 32_000_000])
+def test_a_slow_start_never_lowers_the_estimate(size: int) -> None:
+    """Buffers take transfers whole, and each lane's window doubles from round trip to round trip: little comes back at
+    first, be it little or much that is under way."""
+    estimator, known, now_s = known_and_idle(rtt_s=0.08)
+    events = []
+    for transfer in range(30):
+        at_s, sent, window, trip = now_s + 2.0 * transfer, 0, 4 * 14_480, 1
+        while sent < size:
+            events += [(at_s, window // 4, at_s + 0.08 * trip + 0.02 * i) for i in range(4)]
+            sent, window, trip = sent + window, min(8_000_000, 2 * window), trip + 1
+    assert tell(estimator, events)[-1].bandwidth_bytes_per_s == pytest.approx(known, rel=0.02)
+
+
+def test_what_waits_for_the_slowest_lane_alone_is_not_the_link() -> None:
+    """Eight lanes take a transfer in equal parts, seven are done at once and one takes seconds: a lane is no link."""
+    estimator, known, now_s = known_and_idle()
+    events = []
+    for transfer in range(10):
+        at_s = now_s + 4.0 * transfer
+        events += [(at_s, 500_000, at_s + 0.005 + 0.006 * i) for i in range(7)]
+        events += [(at_s, 50_000, at_s + 0.3 * (i + 1)) for i in range(10)]
+    assert tell(estimator, events)[-1].bandwidth_bytes_per_s == known
 
 
 def test_a_session_short_of_data_can_raise_the_estimate() -> None:
@@ -222,6 +334,27 @@ def test_a_link_that_stops_under_load_is_noticed() -> None:
     link.rate = 1.0
     assert 0 < link.bandwidth_after(6) < known / 3
     assert 0 < link.bandwidth_after(20) < known / 20
+
+
+def test_a_slow_link_is_not_taken_for_a_dead_one_before_its_first_chunk_is_there() -> None:
+    """That takes longer than the window here, on a link that sat idle before and was far faster."""
+    link = SimulatedLink(100e6, rtt_s=0.005, window_bytes=16 * MIB, chunk_bytes=8 * MIB)
+    link.saturate()
+    link.run(5)
+    link.relax()
+    link.run(10_000)
+    link.rate = 2.5e6
+    link.put(16 * MIB)
+    assert min(link.bandwidth_after(0.1) for _ in range(80)) > 2e6
+
+
+def test_chunks_that_come_all_at_once_after_a_halt_are_not_a_fast_link() -> None:
+    """The first that a session ever sends: in ten milliseconds comes what had waited for a second."""
+    estimator = LinkEstimator()
+    estimator.ping(0.005, 0.0)
+    first = [(1.0, 100_000, 1.1)]
+    found = tell(estimator, [*first, *((2.0, 100_000, 3.0 + 0.006 * i) for i in range(6))])
+    assert 0 < found[-1].bandwidth_bytes_per_s < 2e6
 
 
 def test_a_chunk_stuck_on_a_slow_lane_is_not_counted_as_fast() -> None:

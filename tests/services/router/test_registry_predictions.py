@@ -361,6 +361,17 @@ def test_what_an_idle_session_measured_long_ago_does_not_widen_a_link() -> None:
     assert between(registry, "bandwidth_bytes_per_s") == pytest.approx(5e7)
 
 
+def test_a_session_that_begins_to_use_a_narrow_link_does_not_widen_it_by_what_it_remembers() -> None:
+    """Neither as its bandwidth nor as what it carries, until it has measured it anew."""
+    registry = two_regions()
+    linked(registry, "p2", bandwidth_bytes_per_s=1e9, utilisation=0.0)
+    linked(registry, "p", bandwidth_bytes_per_s=1e7, utilisation=1.0)
+    linked(registry, "p2", bandwidth_bytes_per_s=1e9, utilisation=1.0)
+    assert between(registry, "bandwidth_bytes_per_s") <= 2e7
+    linked(registry, "p2", bandwidth_bytes_per_s=8e8, utilisation=1.0)
+    assert between(registry, "bandwidth_bytes_per_s") >= 8e8
+
+
 def test_a_node_that_goes_takes_its_traffic_along() -> None:
     """What was measured of the link stays."""
     registry = two_regions()
