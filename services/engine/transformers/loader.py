@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
 
 
+_LOADING = threading.Lock()
+"""transformers replaces functions of its own while it loads (`no_tie_weights`, torch's default dtype): of two loads at
+a time the one that ends last would leave them so, and later models of this process without their output weights."""
+
+
 def load(config: EngineConfig) -> LoadedModel:
     """Read the model that `config` names. Blocks for seconds.
 
@@ -51,9 +57,10 @@ def load(config: EngineConfig) -> LoadedModel:
     dtype = _dtype(config, model_config)
     transformers_logging.disable_progress_bar()  # a service's stderr is its log
     # transformers' own attention first: the layout is read off what its cache holds.
-    causal_lm = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=_compute_dtype(dtype), use_safetensors=True, attn_implementation="sdpa"
-    ).eval()
+    with _LOADING:
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=_compute_dtype(dtype), use_safetensors=True, attn_implementation="sdpa"
+        ).eval()
     layout = _probe_layout(causal_lm, LAYOUT_DTYPES[dtype])
     attention.register()
     causal_lm.set_attn_implementation(attention.ATTENTION_NAME)
