@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from prfaas.common import log
 from prfaas.common.config import Config, RouterConfig, env_name, parse_address
@@ -138,7 +139,7 @@ async def _run_once(number: int, argv: Sequence[str]) -> int:
         env={**os.environ, env_name("router.process"): str(number)},
         # Ctrl-C comes to this process, which passes it on in order.
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=partial(_die_with_parent, os.getpid()),
     )
     try:
         return await process.wait()
@@ -159,6 +160,8 @@ async def _reap(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _die_with_parent() -> None:
-    """In the child before exec: when the parent dies, however, the kernel kills it."""
+def _die_with_parent(parent: int) -> None:
+    """In the child before exec: when the parent dies, however, the kernel kills it; also one that has died already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)

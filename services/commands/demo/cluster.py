@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from prfaas.common.errors import SetupError
@@ -90,7 +91,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(env),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(_die_with_parent, os.getpid()),
             )
 
     @property
@@ -131,9 +132,12 @@ def _inherited() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("PRFAAS_") or key.startswith(ours)}
 
 
-def _die_with_parent() -> None:
-    """In the child before exec: when the demo dies, however, the kernel kills its children."""
+def _die_with_parent(parent: int) -> None:
+    """In the child before exec: when the demo dies, however, the kernel kills its children. One that has died already
+    (interrupted just after the fork) would never be heard of."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class Cluster:
