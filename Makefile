@@ -13,11 +13,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check bench reference model install clean
+.PHONY: help demo test test-deploy check bench reference model install clean
 
 help:
 	@echo "make demo    a real model answers across two regions, on this machine"
 	@echo "make test    the tests (fetches the model once)"
+	@echo "make test-deploy   the tests of console, alerts, installation and rollout (Chromium, Prometheus, sshd)"
 	@echo "make check   lint, types, import rules"
 	@echo "make reference   docs/settings.md and docs/metrics.md, from the code"
 	@echo "make bench   figures: one KV lane against bare sockets"
@@ -29,7 +30,11 @@ demo: $(STAMP)
 
 # A file's tests stay in one process and in their order.
 test: model
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not deploy" $(ARGS)
+
+# What an operator runs around the services: console, alerts, installation, rollout. Each needs something of the machine.
+test-deploy: $(STAMP)
+	@$(BIN)/pytest -m deploy $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

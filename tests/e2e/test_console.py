@@ -20,7 +20,10 @@ NODES = {"d1": ("decode", "home"), "d2": ("decode", "home"), "p1": ("prefill", "
 SHOTS = os.environ.get("CONSOLE_SCREENSHOTS", "")
 """A folder, for a person who wants to look at them."""
 
-pytestmark = pytest.mark.skipif(executable() is None, reason="no Chromium here: the console was NOT tested")
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.skipif(executable() is None, reason="no Chromium here: the console was NOT tested"),
+]
 
 
 @pytest.fixture

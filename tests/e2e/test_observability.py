@@ -26,6 +26,9 @@ INTERVAL = "10s"
 WAIT_S = 60
 
 
+pytestmark = pytest.mark.deploy
+
+
 def program(name: str) -> str | None:
     there = UNPACKED / name
     return shutil.which(name) or (str(there) if there.exists() else None)
