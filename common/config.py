@@ -129,7 +129,9 @@ class RouterConfig:
     name: str = setting("router", "this router's name, in logs and heartbeats")
     bind: str = setting("127.0.0.1:8000", "where the OpenAI API listens", _address)
     api_keys: tuple[str, ...] = setting((), "keys that clients must present; none = open (loopback only)")
-    api_keys_file: str = setting("", "a file with one API key a line")
+    api_keys_file: str = setting(
+        "", "a file with one API key a line; behind it name=, requests_per_min=, tokens_per_min="
+    )
     model_path: str = setting("", "directory with the tokenizer and chat template; `bytes` = the emulated engine's")
     served_model: str = setting("", "the model's name for clients; empty = as the nodes report it")
     policy: Literal["adaptive", "static", "homogeneous", "offload-all", "round-robin", "least-loaded"] = setting(

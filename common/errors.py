@@ -12,7 +12,8 @@ PrfaasError
 │   ├── ConflictError        409, it doesn't go with what is under way
 │   └── UnsupportedError     400, a feature that this engine does not have
 ├── UnavailableError         nobody can serve this now (503, with retry_after_s)
-│   └── TooLateError         nobody would be in time for its deadline (429, with retry_after_s)
+│   ├── TooLateError         nobody would be in time for its deadline (429, with retry_after_s)
+│   └── QuotaError           the client's key has had what it may have for now (429, with retry_after_s)
 ├── EngineError              the engine failed at its own work (500)
 │   ├── ModelRefusedError    at load: a model type that has not been verified
 │   └── OutOfMemoryError     the arena has no room for a request, and never will
@@ -103,6 +104,14 @@ class UnavailableError(PrfaasError):
 
 class TooLateError(UnavailableError):
     """Nobody would serve this before its deadline; refused at once rather than queued to fail."""
+
+    code = "deadline"
+
+
+class QuotaError(UnavailableError):
+    """The client's API key has had all that it may have for now."""
+
+    code = "rate_limit_exceeded"
 
 
 class EngineError(PrfaasError):

@@ -67,6 +67,10 @@ class RouterMetrics:
             "prfaas_router_fallbacks", "Requests that went another way than decided", ["reason"], registry=registry
         )
         self.cancels = Counter("prfaas_router_cancels", "Requests cancelled, by whom", ["reason"], registry=registry)
+        self.quota_refusals = Counter(
+            "prfaas_router_quota_refusals", "Requests refused for their API key's quota, by its name", ["key"],
+            registry=registry,
+        )  # fmt: skip
         self.output_tokens = Counter("prfaas_router_output_tokens", "Output tokens relayed", registry=registry)
         self.prompt_tokens = Counter("prfaas_router_prompt_tokens", "Prompt tokens received", registry=registry)
         self.ttft_seconds = Histogram(

@@ -40,6 +40,7 @@ from prfaas.common.errors import (
     OutOfMemoryError,
     PayloadTooLargeError,
     PrfaasError,
+    QuotaError,
     RequestError,
     TooLateError,
     TransferError,
@@ -357,8 +358,8 @@ def describe_error(error: Exception, request_id: str) -> tuple[int, ErrorBody, d
     if isinstance(error, RequestError):
         detail = ErrorDetail(str(error), error.kind, error.param, error.code)
     elif isinstance(error, UnavailableError):
-        if isinstance(error, TooLateError):
-            detail = ErrorDetail(str(error), "rate_limit_error", None, "deadline")
+        if isinstance(error, TooLateError | QuotaError):
+            detail = ErrorDetail(str(error), "rate_limit_error", None, error.code)
         headers = {"retry-after": str(error.retry_after_s)}
     elif isinstance(error, OutOfMemoryError):
         detail = ErrorDetail(str(error), RequestError.kind, None, "context_length_exceeded")
@@ -382,7 +383,7 @@ def status_of(error: Exception) -> int:
         return 400
     if isinstance(error, TimeoutError):
         return 504
-    if isinstance(error, TooLateError):
+    if isinstance(error, TooLateError | QuotaError):
         return 429
     return 503 if isinstance(error, UnavailableError | TransferError) else 500
 

@@ -24,6 +24,7 @@ from prfaas.common.errors import (
     AuthenticationError,
     ConfigError,
     ModelNotFoundError,
+    QuotaError,
     RequestError,
     UnavailableError,
 )
@@ -43,6 +44,7 @@ from prfaas.services.router.openai import GenerationRequest, Kind
 from prfaas.services.router.planning import Planning
 from prfaas.services.router.prefixes import Prefixes, tenant_of
 from prfaas.services.router.prompts import Prompts
+from prfaas.services.router.quotas import KeyLimits, Quotas, parse_keys
 from prfaas.services.router.registry import ROLES, Registry
 from prfaas.services.router.roles import RoleCalls
 from prfaas.services.router.timeline import Timelines
@@ -69,6 +71,7 @@ class Router:
     config: RouterConfig
     secret: bytes
     api_keys: tuple[str, ...]
+    quotas: Quotas
     signer: Signer
     prompts: Prompts
     policy: AdmittingPolicy
@@ -107,6 +110,14 @@ class Router:
         if not key_matches(key.strip(), self.api_keys):
             raise AuthenticationError("wrong API key", code="invalid_api_key")
         return key.strip()
+
+    def admit(self, api_key: str, tokens: int, now_s: float) -> None:
+        """A request of this key's, with so many tokens at most. Raises QuotaError."""
+        try:
+            self.quotas.admit(api_key, tokens, now_s)
+        except QuotaError:
+            self.metrics.router.quota_refusals.labels(self.quotas.name(api_key)).inc()
+            raise
 
     def check_model(self, model: str) -> None:
         """Raises ModelNotFoundError, UnavailableError."""
@@ -174,19 +185,23 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
         router.check_model(request.model)
         prompt = await router.prompts.tokenize(request)
         metrics.prompt_tokens.inc(prompt.tokens)
+        longest = router.max_output_tokens(request, prompt.tokens)
         tenant = tenant_of(router.config.share_prefixes, request.cache_salt, api_key, http[REQUEST_ID])
         hasher = router.prefixes.hasher(tenant)
+        keys = await router.prompts.keys(hasher, prompt) if hasher is not None else ()
+        router.admit(api_key, prompt.tokens + longest, arrived_s)
         job = Job(
             request_id=http[REQUEST_ID],
             request=request,
             prompt=prompt,
             format=_format(request),
-            max_output_tokens=router.max_output_tokens(request, prompt.tokens),
+            max_output_tokens=longest,
             arrived_s=arrived_s,
             deadline_s=arrived_s + router.config.request_timeout_s,
             wishes=wishes,
             tenant=tenant,
-            keys=await router.prompts.keys(hasher, prompt) if hasher is not None else (),
+            keys=keys,
+            ended=lambda tokens: router.quotas.give_back(api_key, longest - tokens),
         )
         response = await http.app[DISPATCHER].run(http, job)
         status = response.status
@@ -387,13 +402,15 @@ def make_app(config: Config) -> web.Application:
     secret = services_web.read_secret(config.cluster)
     prefixes = Prefixes(config.router.prefix_index_blocks)
     policy, metrics = make_policy(config.router), Metrics()
+    keys = read_api_keys(config.router)
     registry = Registry(config.router.assumed_link_gbps * 1e9 / 8, np.random.default_rng(), prefixes.forget)
     name = processes.name_of(config.router)
     holder = f"{name}/{secrets.token_hex(4)}"
     router = Router(
         config=config.router,
         secret=secret,
-        api_keys=read_api_keys(config.router),
+        api_keys=tuple(each.key for each in keys),
+        quotas=Quotas(keys),
         signer=Signer.of(secret, config.cluster),
         prompts=Prompts(load_tokenizer(config.router.model_path), config.router.tokenizer_threads),
         policy=policy,
@@ -496,19 +513,19 @@ def _nodes_in(registry: Registry, role: str, state: str) -> float:
     return registry.count(role, state, time.monotonic())
 
 
-def read_api_keys(config: RouterConfig) -> tuple[str, ...]:
-    """From the settings and the file, one a line, `#` for comments. Raises ConfigError."""
-    keys = list(config.api_keys)
+def read_api_keys(config: RouterConfig) -> list[KeyLimits]:
+    """From the settings, without limits, and from the file, with theirs. Raises ConfigError."""
+    keys = [KeyLimits(key, f"setting-{number}") for number, key in enumerate(config.api_keys, 1)]
     if config.api_keys_file:
         try:
             lines = Path(config.api_keys_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([f"router.api_keys_file = {config.api_keys_file!r} can't be read: {error}"]) from error
-        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        found = parse_keys(lines, f"router.api_keys_file = {config.api_keys_file!r}")
         if not found:
             raise ConfigError([f"router.api_keys_file = {config.api_keys_file!r} holds no key"])
         keys += found
-    return tuple(keys)
+    return keys
 
 
 def listening(app: web.Application, bind: str) -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:

@@ -75,6 +75,10 @@ RETRY_AFTER_S = 2
 logger = log.get_logger("router")
 
 
+def _nothing(_output_tokens: int) -> None:
+    """Nobody asks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A checked and tokenized request."""
@@ -92,6 +96,8 @@ class Job:
     """Whose cached prefixes it may use."""
     keys: Sequence[BlockKey] = ()
     """Of the prompt's blocks."""
+    ended: Callable[[int], None] = _nothing
+    """Called once, with the tokens of output that it has had."""
 
 
 @dataclass(slots=True)
@@ -532,6 +538,7 @@ class Dispatcher:
     def _account(self, job: Job, progress: Progress) -> None:
         instants, attempt = progress.instants, progress.attempt
         instants.ended_s = self.now_s()
+        job.ended(progress.output_tokens)
         self.metrics.output_tokens.inc(progress.output_tokens)
         self.metrics.e2e_seconds.observe(instants.ended_s - instants.arrived_s)
         if instants.first_token_s is not None:

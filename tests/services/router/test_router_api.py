@@ -154,7 +154,8 @@ def test_keys_come_from_a_file_too(tmp_path: Any) -> None:
     """One a line; an empty file is a mistake, not an open router."""
     file = tmp_path / "keys"
     file.write_text("# ours\none\n\n two \n")
-    assert read_api_keys(RouterConfig(api_keys=("zero",), api_keys_file=str(file))) == ("zero", "one", "two")
+    keys = read_api_keys(RouterConfig(api_keys=("zero",), api_keys_file=str(file)))
+    assert [(each.key, each.name) for each in keys] == [("zero", "setting-1"), ("one", "key-1"), ("two", "key-2")]
     file.write_text("# none\n")
     with pytest.raises(ConfigError, match="holds no key"):
         read_api_keys(RouterConfig(api_keys_file=str(file)))
