@@ -262,15 +262,15 @@ def test_a_region_that_takes_anothers_place_begins_anew() -> None:
     assert len(world.orders) == count
 
 
-@pytest.mark.parametrize(("swing_s", "hours", "most"), [(30, 1, 1), (240, 1, 1), (500, 2, 6)])
-def test_a_load_that_swings_does_not_send_nodes_to_and_fro(swing_s: int, hours: int, most: int) -> None:
+@pytest.mark.parametrize(("swing_s", "hours", "most"), [(30, 0.5, 1), (240, 1, 1), (500, 2, 6)])
+def test_a_load_that_swings_does_not_send_nodes_to_and_fro(swing_s: int, hours: float, most: int) -> None:
     """Hours of long prompts and long answers in turn, each half with the queue that goes with it; as the planner is
     set by default. A split for the mean of both is found, and kept; a swing that is longer than what the mean is taken
     of is followed less and less often."""
     world = World(**{name: getattr(PlannerConfig(), name) for name in SETTINGS}).cluster(3, 5)
     world.run(1)
     full = LoadMessage(running_requests=20, decoding_requests=20, waiting_requests=20)
-    for half in range(hours * 3600 // swing_s):
+    for half in range(round(hours * 3600) // swing_s):
         prefill_short = half % 2 == 0
         for name, beat in list(world.beats.items()):
             if beat.region == "home":
