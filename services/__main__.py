@@ -24,6 +24,7 @@ commands:
   profile     measures this machine's engine, for the planner
   plan-live   what a running router would do about nodes' roles, and why
   certs init  makes a private CA and node certificates for TLS
+  wan         an emulated WAN between two networks, changed while it runs
   capture-kv  the KV of a prompt, computed by the real model, in a file
   bench link  how fast KV lanes move bytes here
   bench codec how small codecs make real KV, how fast, and at what cost
@@ -89,6 +90,12 @@ def _capture_kv(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _wan(argv: Sequence[str]) -> int:
+    from prfaas.services.commands.wan import main
+
+    return main(argv)
+
+
 BENCH_HELP = """\
 usage: prfaas bench link | codec [flags]
 
@@ -137,6 +144,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "capture-kv": _capture_kv,
     "bench": _bench,
     "certs": _certs,
+    "wan": _wan,
 }
 
 
@@ -148,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _name(arguments: Sequence[str]) -> str:
     """Of the command, as it was called: `router`, `bench codec`."""
-    words = arguments[: 2 if arguments[:1] in (["bench"], ["certs"]) else 1]
+    words = arguments[: 2 if arguments[:1] in (["bench"], ["certs"], ["wan"]) else 1]
     return " ".join(word for word in words if word[:1] != "-") or " ".join(words)
 
 

@@ -14,25 +14,22 @@ all. The rate counts whole IP packets, so TCP's payload share of it is 1448/1500
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
-import random
-import select
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from prfaas.services.wan.line import Conditions, Counters
+from prfaas.services.wan.tun import Relay, open_tun, set_offload
 
 MTU_BYTES = 1500
 TCP_PAYLOAD_SHARE = 1448 / MTU_BYTES
@@ -51,37 +48,6 @@ def missing() -> str | None:
     if not Path("/dev/net/tun").exists():
         return "needs /dev/net/tun"
     return None
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """The same in both directions."""
-
-    rate_bits_per_s: float = 1e9
-    delay_s: float = 0.0
-    """One way."""
-    jitter_s: float = 0.0
-    """Each packet waits up to so much longer, but never overtakes another."""
-    loss: float = 0.0
-    """Share of packets."""
-    queue_bytes: int = 0
-    """Before the bottleneck; packets beyond it are dropped."""
-    down: bool = False
-    """Every packet is dropped."""
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Of one direction, since the link is there."""
-
-    packets: int
-    """That arrived; segments that the kernel hands over as one count one by one."""
-    packet_bytes: int
-    """Of these, IP headers included."""
-    lost: int
-    overflowed: int
-    latest_s: float
-    """By how much the relay itself was late at most: what the machine's load adds to the emulation."""
 
 
 class Host:
@@ -214,24 +180,13 @@ def _namespace(made: contextlib.ExitStack, host: Host) -> None:
 
 # -- the relay process ------------------------------------------------------------------------------------------------
 
-TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
-IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
-OFFLOADS = 0x01 | 0x02 | 0x04  # checksums, TSO over IPv4, TSO over IPv6
-VIRTIO_HEADER = struct.Struct("=BBHHHH")
-"""flags, gso_type, hdr_len, gso_size, csum_start, csum_offset: before each packet where offload is on."""
-LARGEST_BYTES = 65536 + VIRTIO_HEADER.size
 QUEUE_PACKETS = 10000
-TURN_PACKETS = 64
 
 
-def open_tun(name: str, namespace: str, address: str, offload: bool) -> int:
-    """A TUN device, up, with the address, in the namespace; it lives as long as the descriptor."""
-    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    flags = IFF_TUN | IFF_NO_PI | (IFF_VNET_HDR if offload else 0)
-    fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    if offload:
-        fcntl.ioctl(device, TUNSETVNETHDRSZ, struct.pack("i", VIRTIO_HEADER.size))
-        fcntl.ioctl(device, TUNSETOFFLOAD, OFFLOADS)
+def _device(name: str, namespace: str, address: str, offload: bool) -> int:
+    """A TUN device, up, with the address, in the namespace."""
+    device = open_tun(name)
+    set_offload(device, offload)
     ip = ("ip", "-n", namespace)
     _run("ip", "link", "set", name, "netns", namespace)
     _run(*ip, "address", "add", f"{address}/24", "dev", name)
@@ -241,105 +196,26 @@ def open_tun(name: str, namespace: str, address: str, offload: bool) -> int:
     return device
 
 
-class Direction:
-    """Packets from one device to the other."""
-
-    def __init__(self, source: int, target: int, offload: bool, rng: random.Random) -> None:
-        self.source = source
-        self._target = target
-        self._header_bytes = VIRTIO_HEADER.size if offload else 0
-        self._rng = rng
-        self._under_way: collections.deque[tuple[float, bytes, int, int]] = collections.deque()
-        self._free_s = 0.0
-        """When the bottleneck has sent all that waits before it."""
-        self.packets = self.packet_bytes = self.lost = self.overflowed = 0
-        self.latest_s = 0.0
-
-    @property
-    def next_s(self) -> float | None:
-        return self._under_way[0][0] if self._under_way else None
-
-    def take(self, conditions: Conditions) -> None:
-        for _ in range(TURN_PACKETS):
-            try:
-                packet = os.read(self.source, LARGEST_BYTES)
-            except BlockingIOError:
-                return
-            self._enter(packet, conditions, time.monotonic())
-
-    def _enter(self, packet: bytes, conditions: Conditions, now_s: float) -> None:
-        nbytes, segments = self._on_the_wire(packet)
-        if conditions.down or (conditions.loss and self._rng.random() >= (1 - conditions.loss) ** segments):
-            self.lost += segments
-            return
-        start_s = max(self._free_s, now_s)
-        if (start_s - now_s) * conditions.rate_bits_per_s / 8 > conditions.queue_bytes:
-            self.overflowed += segments
-            return
-        self._free_s = start_s + nbytes * 8 / conditions.rate_bits_per_s
-        due_s = self._free_s + conditions.delay_s + self._rng.random() * conditions.jitter_s
-        if self._under_way:
-            due_s = max(due_s, self._under_way[-1][0])
-        self._under_way.append((due_s, packet, nbytes, segments))
-
-    def _on_the_wire(self, packet: bytes) -> tuple[int, int]:
-        """Bytes and packets that the kernel's bunch will be."""
-        nbytes = len(packet) - self._header_bytes
-        if not self._header_bytes:
-            return nbytes, 1
-        _, gso_type, header_bytes, segment_bytes, _, _ = VIRTIO_HEADER.unpack_from(packet)
-        if not gso_type or not segment_bytes:
-            return nbytes, 1
-        segments = max(1, -(-(nbytes - header_bytes) // segment_bytes))
-        return nbytes + (segments - 1) * header_bytes, segments
-
-    def deliver(self) -> None:
-        now_s = time.monotonic()
-        under_way = self._under_way
-        while under_way and under_way[0][0] <= now_s:
-            due_s, packet, nbytes, segments = under_way.popleft()
-            try:
-                os.write(self._target, packet)
-            except OSError:
-                self.overflowed += segments
-                continue
-            self.packets += segments
-            self.packet_bytes += nbytes
-            self.latest_s = max(self.latest_s, now_s - due_s)
-
-    def counters(self) -> dict[str, float]:
-        return asdict(Counters(self.packets, self.packet_bytes, self.lost, self.overflowed, self.latest_s))
-
-
 def relay(options: dict[str, Any]) -> None:
     """Until stdin closes."""
-    offload, conditions = options["offload"], Conditions(**options["conditions"])
-    devices = [
-        open_tun(f"wan{os.getpid()}-{end}", namespace, address, offload)
+    near, far = (
+        _device(f"wan{os.getpid()}-{end}", namespace, address, options["offload"])
         for namespace, (end, address) in zip(options["namespaces"], _ENDS, strict=True)
-    ]
-    rng = random.Random(0)
-    there, back = Direction(*devices, offload, rng), Direction(*devices[::-1], offload, rng)
-    with contextlib.suppress(PermissionError):
-        # What it is late, the network is slow.
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    while True:
-        due = [direction.next_s for direction in (there, back) if direction.next_s is not None]
-        timeout_s = max(0.0, min(due) - time.monotonic()) if due else None
-        ready, _, _ = select.select([*devices, sys.stdin], [], [], timeout_s)
-        for direction in (there, back):
-            if direction.source in ready:
-                direction.take(conditions)
-            direction.deliver()
-        if sys.stdin in ready:
-            # One question at a time: nothing stays behind in stdin's own buffer.
-            line = sys.stdin.readline()
-            if not line:
-                return
-            what, value = json.loads(line)
-            if what == "conditions":
-                conditions = Conditions(**value)
-            print(json.dumps([there.counters(), back.counters()]), flush=True)
+    )
+    running = Relay((near, far), Conditions(**options["conditions"]))
+
+    def asked() -> bool:
+        # One question at a time: nothing stays behind in stdin's own buffer.
+        line = sys.stdin.readline()
+        if not line:
+            return False
+        what, value = json.loads(line)
+        if what == "conditions":
+            running.conditions = Conditions(**value)
+        print(json.dumps([asdict(counters) for counters in running.counters()]), flush=True)
+        return True
+
+    running.run(sys.stdin.fileno(), asked)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Cluster:
         self._add(
             "wan",
             [
-                "prfaas.services.wan",
+                "prfaas.services.wan.proxy",
                 "--rate-mbit",
                 str(rate_mbit),
                 "--delay-ms",

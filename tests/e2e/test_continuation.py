@@ -35,7 +35,7 @@ async def start(cluster):
     router = ["prfaas.services", "router", "--bind", f"{HERE}:{ports['router']}", *cluster._secret, *ROUTER]
     cluster._add("router", router, cluster.router_url)
     for name, (http, lanes) in lines.items():
-        wan = ["prfaas.services.wan", "--rate-mbit", "2000", "--delay-ms", "1"]
+        wan = ["prfaas.services.wan.proxy", "--rate-mbit", "2000", "--delay-ms", "1"]
         wan += ["--forward", f"{HERE}:{http}={HERE}:{ports[name]}", "--forward", f"{HERE}:{lanes}={HERE}:{kv[name]}"]
         cluster._add(CUT[name], wan, "")
     for name in names:

@@ -38,7 +38,7 @@ class Regions:
         ways += [("--forward", "wan-kv-home", "kv-home")]
         ways += [("--backward", "wan-dense", "p-dense"), ("--backward", "wan-kv-dense", "kv-dense")]
         self.rate_file.write_text(rate_mbit)
-        arguments = ["prfaas.services.wan", "--rate-file", str(self.rate_file), "--delay-ms", "2"]
+        arguments = ["prfaas.services.wan.proxy", "--rate-file", str(self.rate_file), "--delay-ms", "2"]
         for flag, listen, target in ways:
             arguments += [flag, f"{HERE}:{ports[listen]}={HERE}:{ports[target]}"]
         wan = self.cluster._add("wan", arguments, "")

@@ -34,7 +34,7 @@ class Line:
     def __init__(self, folder: Path, target_port: int) -> None:
         self._rate = folder / "rate-mbit"
         self._rate.write_text(str(WIDE_MBIT))
-        command = [sys.executable, "-m", "prfaas.services.wan", "--rate-file", str(self._rate), "--delay-ms", "2"]
+        command = [sys.executable, "-m", "prfaas.services.wan.proxy", "--rate-file", str(self._rate), "--delay-ms", "2"]
         command += ["--forward", f"127.0.0.1:0=127.0.0.1:{target_port}"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.port = int(json.loads(self._said("READY"))["ports"][0])

@@ -160,7 +160,7 @@ class Cluster:
         ports, plan = self.ports, self.plan
         self._spawn(
             "wan",
-            ["prfaas.services.wan"],
+            ["prfaas.services.wan.proxy"],
             ("--rate-mbit", f"{plan.rate_mbit:g}"),
             ("--delay-ms", f"{plan.delay_ms:g}"),
             # Side A is the prefill region, side B is home.

@@ -1,6 +1,6 @@
 """An emulated WAN that needs no privileges: a TCP proxy with a rate, a delay and a bounded bottleneck queue.
 
-    python -m prfaas.services.wan --rate-mbit 500 --delay-ms 20 \
+    python -m prfaas.services.wan.proxy --rate-mbit 500 --delay-ms 20 \
         --forward 127.0.0.1:0=127.0.0.1:9001 --backward 127.0.0.1:0=127.0.0.1:8000
 
 A WAN joins side A with side B. `--forward LISTEN=TARGET` is for clients on side A, `--backward` for clients on side B;
@@ -491,7 +491,7 @@ def _not_negative(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="python -m prfaas.services.wan", description="An emulated WAN: a TCP proxy with rate and delay."
+        prog="python -m prfaas.services.wan.proxy", description="An emulated WAN: a TCP proxy with rate and delay."
     )
     arguments.add_argument(
         "--forward", type=_forward, action="append", default=[], metavar="LISTEN=TARGET", help="for clients on side A"

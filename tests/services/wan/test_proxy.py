@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prfaas.services.wan import Bottleneck, Ring, WanSettings
+from prfaas.services.wan.proxy import Bottleneck, Ring, WanSettings
 
 DELAY_MS = 30.0
 TIMEOUT_S = 20.0
@@ -105,7 +105,7 @@ class WanProcess:
 
     def __init__(self, rate_mbit: float, *, most_files: int = 1024) -> None:
         self.home, self.remote = _listener(), _listener()
-        command = [sys.executable, "-m", "prfaas.services.wan", "--rate-mbit", str(rate_mbit)]
+        command = [sys.executable, "-m", "prfaas.services.wan.proxy", "--rate-mbit", str(rate_mbit)]
         command += ["--delay-ms", str(DELAY_MS)]
         command += ["--forward", f"127.0.0.1:0=127.0.0.1:{self.home.getsockname()[1]}"]
         command += ["--backward", f"127.0.0.1:0=127.0.0.1:{self.remote.getsockname()[1]}"]
@@ -263,7 +263,7 @@ def test_the_rate_changes_at_a_signal(tmp_path: Path) -> None:
     """Read from the file again; a file that holds none changes nothing, and is told."""
     rate = tmp_path / "rate"
     rate.write_text("800\n")
-    command = [sys.executable, "-m", "prfaas.services.wan", "--rate-file", str(rate), "--delay-ms", "0"]
+    command = [sys.executable, "-m", "prfaas.services.wan.proxy", "--rate-file", str(rate), "--delay-ms", "0"]
     with (
         _listener() as listener,
         subprocess.Popen(
@@ -327,6 +327,8 @@ def test_without_descriptors_clients_wait_for_some() -> None:
     ],
 )
 def test_wrong_arguments_are_usage_errors(arguments: list[str], complaint: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "prfaas.services.wan", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "prfaas.services.wan.proxy", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert complaint in done.stderr
