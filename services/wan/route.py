@@ -16,9 +16,10 @@ import os
 import pwd
 import select
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prfaas.common.errors import SetupError
 from prfaas.services.wan import control
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FIRST_TABLE = 8801
 RULE_PRIORITY = 1000
+LAST_METRIC = 1 << 30
 QUEUE_PACKETS = 10000
 
 
@@ -53,18 +55,34 @@ def run(
 ) -> None:
     """Until the descriptor `stop` is readable. `user`: what the process becomes once the line is up; empty: it stays.
 
-    Raises SetupError, OSError. What was added to the machine's network goes with the process, but for the gateways'
-    addresses, which a next one takes over.
+    Raises SetupError, OSError. Once the process has ended, nothing crosses: rules and the gateways' addresses stay,
+    which a next one takes over, and lead nowhere.
     """
     _check_forwarding()
-    with _netlink() as ip:
-        sides = [_side(ip, gateway) for gateway in gateways]
-        devices = [_device(ip, i, side) for i, side in enumerate(sides)]
+    devices = _join(gateways)
     listener = control.listen(path)
     if user:
         _become(user)
     line = RoutedLine((devices[0], devices[1]), settings)
     line.run(listener, stop)
+
+
+def _join(gateways: Sequence[ipaddress.IPv4Interface]) -> list[int]:
+    """The TUN devices, with the routes into them."""
+    try:
+        from pyroute2 import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
+    except ImportError as error:
+        raise SetupError("routing needs pyroute2; the mend: pip install 'prfaas[wan]'") from error
+    try:
+        with IPRoute() as ip:
+            sides = [_side(ip, gateway) for gateway in gateways]
+            devices = [_device(ip, i, side) for i, side in enumerate(sides)]
+            for side in sides:  # last: until then nobody has a way
+                _add_gateway(ip, side)
+        return devices
+    except (PermissionError, NetlinkError) as error:
+        raise SetupError(f"can't route here ({error}); this needs CAP_NET_ADMIN in the network's namespace") from error
 
 
 class RoutedLine:
@@ -100,14 +118,6 @@ class RoutedLine:
             set_offload(device, self._settings.loss_percent == 0)
 
 
-def _netlink() -> IPRoute:
-    try:
-        from pyroute2 import IPRoute
-    except ImportError as error:
-        raise SetupError("routing needs pyroute2; the mend: pip install 'prfaas[wan]'") from error
-    return IPRoute()
-
-
 def _check_forwarding() -> None:
     if Path("/proc/sys/net/ipv4/ip_forward").read_text(encoding="ascii").strip() != "1":
         raise SetupError("this machine forwards nothing; the mend: sysctl -w net.ipv4.ip_forward=1")
@@ -116,16 +126,21 @@ def _check_forwarding() -> None:
 
 
 def _side(ip: IPRoute, gateway: ipaddress.IPv4Interface) -> Side:
-    """With the gateway's address added to the device that is in its network."""
+    """By the device of this machine that is in the gateway's network."""
     for found in ip.get_addr(family=socket.AF_INET):
         address = ipaddress.IPv4Address(found.get_attr("IFA_ADDRESS"))
         if address not in gateway.network:
             continue
         (link,) = ip.get_links(found["index"])
-        if all(a.get_attr("IFA_ADDRESS") != str(gateway.ip) for a in ip.get_addr(index=found["index"])):
-            ip.addr("add", index=found["index"], address=str(gateway.ip), prefixlen=32)
         return Side(gateway, link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MTU"))
     raise SetupError(f"no device of this machine is in the network {gateway.network} of the gateway {gateway.ip}")
+
+
+def _add_gateway(ip: IPRoute, side: Side) -> None:
+    (index,) = ip.link_lookup(ifname=side.device)
+    address = str(side.gateway.ip)
+    if all(there.get_attr("IFA_ADDRESS") != address for there in ip.get_addr(family=socket.AF_INET, index=index)):
+        ip.addr("add", index=index, address=address, prefixlen=32)
 
 
 def _device(ip: IPRoute, i: int, side: Side) -> int:
@@ -134,7 +149,10 @@ def _device(ip: IPRoute, i: int, side: Side) -> int:
     device = open_tun(name)
     index = ip.link_lookup(ifname=name)[0]
     ip.link("set", index=index, mtu=side.mtu_bytes, txqlen=QUEUE_PACKETS, state="up")
-    ip.route("replace", family=socket.AF_INET, dst="0.0.0.0/0", oif=index, table=FIRST_TABLE + i)
+    everywhere: dict[str, Any] = {"family": socket.AF_INET, "dst": "0.0.0.0/0", "table": FIRST_TABLE + i}
+    ip.route("replace", oif=index, **everywhere)
+    # When this process is gone, so is its device, and the machine must not forward past the line.
+    ip.route("replace", type="blackhole", priority=LAST_METRIC, **everywhere)
     for rule in ip.get_rules(family=socket.AF_INET):
         if rule.get_attr("FRA_TABLE") == FIRST_TABLE + i:  # of a process that was here before
             ip.rule("del", table=FIRST_TABLE + i, iifname=rule.get_attr("FRA_IIFNAME"), priority=RULE_PRIORITY + i)

@@ -197,7 +197,7 @@ def test_wrong_arguments_are_usage_errors(arguments: list[str], complaint: str) 
 
 
 def test_what_is_missing_is_said(joined: Joined, tmp_path: Path) -> None:
-    """No line that runs, a network that the machine isn't in, a machine that forwards nothing, no such user."""
+    """No line that runs, a network not here, no such user, no right, a machine that forwards nothing."""
     done = joined.ask("show")
     assert (done.returncode, "no line answers" in done.stderr) == (1, True)
     elsewhere = joined.prfaas(
@@ -205,6 +205,8 @@ def test_what_is_missing_is_said(joined: Joined, tmp_path: Path) -> None:
     )
     assert "no device of this machine is in the network 10.77.0.0/24" in failed(elsewhere)
     assert "there is no user prfaas-nobody" in failed(joined.route("--user", "prfaas-nobody"))
+    powerless = joined.wan.command("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin")
+    assert "CAP_NET_ADMIN" in failed([*powerless, *joined.route()[4:]])
     subprocess.run(joined.wan.command("sysctl", "-qw", "net.ipv4.ip_forward=0"), check=True)
     assert "sysctl -w net.ipv4.ip_forward=1" in failed(joined.route())
 
