@@ -13,12 +13,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-deploy check bench reference model install clean
+.PHONY: help demo test test-deploy test-compose check bench reference model install clean
 
 help:
 	@echo "make demo    a real model answers across two regions, on this machine"
 	@echo "make test    the tests (fetches the model once)"
 	@echo "make test-deploy   the tests of console, alerts, installation and rollout (Chromium, Prometheus, sshd)"
+	@echo "make test-compose  the compose demo, brought up by Docker"
 	@echo "make check   lint, types, import rules"
 	@echo "make reference   docs/settings.md and docs/metrics.md, from the code"
 	@echo "make bench   figures: one KV lane against bare sockets"
@@ -30,11 +31,17 @@ demo: $(STAMP)
 
 # A file's tests stay in one process and in their order.
 test: model
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not deploy" $(ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not deploy and not compose" $(ARGS)
 
 # What an operator runs around the services: console, alerts, installation, rollout. Each needs something of the machine.
 test-deploy: $(STAMP)
 	@$(BIN)/pytest -m deploy $(ARGS)
+
+# Docker's engine is the one that answers; where none does, tests/compose/engine.sh starts one for this (root, Debian).
+test-compose: $(STAMP)
+	@docker info >/dev/null 2>&1 || { env=$$(tests/compose/engine.sh start) && eval "$$env"; }; \
+	$(BIN)/pytest -m compose tests/compose $(ARGS); status=$$?; \
+	[ -z "$${PYTHON_IMAGE:-}" ] || tests/compose/engine.sh stop; exit $$status
 
 check: $(STAMP)
 	$(BIN)/ruff check .
