@@ -37,11 +37,11 @@ test: model
 test-deploy: $(STAMP)
 	@$(BIN)/pytest -m deploy $(ARGS)
 
-# Docker's engine is the one that answers; where none does, tests/compose/engine.sh starts one for this (root, Debian).
+# By the Docker engine that answers; where none does, one is started for this, and stopped (Debian, root).
 test-compose: $(STAMP)
-	@docker info >/dev/null 2>&1 || { env=$$(tests/compose/engine.sh start) && eval "$$env"; }; \
-	$(BIN)/pytest -m compose tests/compose $(ARGS); status=$$?; \
-	[ -z "$${PYTHON_IMAGE:-}" ] || tests/compose/engine.sh stop; exit $$status
+	@if docker info >/dev/null 2>&1; then $(BIN)/pytest -m compose tests/compose $(ARGS); else \
+	  engine=$$(tests/compose/engine.sh start) && eval "$$engine" && trap 'tests/compose/engine.sh stop' EXIT && \
+	  $(BIN)/pytest -m compose tests/compose $(ARGS); fi
 
 check: $(STAMP)
 	$(BIN)/ruff check .

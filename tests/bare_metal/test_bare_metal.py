@@ -20,7 +20,7 @@ from prfaas.common import config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker" / "bare-metal"
-SCRIPTS = ("install.sh", "uninstall.sh", "rollout.sh")
+SCRIPTS = [*FOLDER.glob("*.sh"), ROOT / "tests" / "compose" / "engine.sh"]
 ROUTER_PORT, PORTS = 8000, {"d1": 8001, "d2": 8002, "p1": 8003}
 NEAR, FAR = "10.91.7.1", "10.91.7.2"
 WAIT_S = 60
@@ -39,9 +39,9 @@ def run(script: str, *arguments: str, **settings: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.skipif(program("shellcheck") is None, reason="no shellcheck here: the scripts were NOT checked")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_shellcheck_finds_nothing(script: str) -> None:
-    done = subprocess.run([str(program("shellcheck")), str(FOLDER / script)], capture_output=True, text=True)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    done = subprocess.run([str(program("shellcheck")), str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

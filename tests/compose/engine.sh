@@ -60,6 +60,7 @@ make_base_image() {
     [ ! -s "$file" ] || sources+=("$file")
   done
   # The machine's own certificates: its package index may be signed by one of them.
+  # shellcheck disable=SC2016,SC1091  # "$1" is the hook's; os-release is no script of ours
   mmdebstrap --quiet --variant=apt --mode=root --include=python3,python3-venv,ca-certificates \
     --customize-hook='ln -s python3 "$1/usr/bin/python"' \
     --customize-hook='copy-in /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs' \
@@ -96,6 +97,6 @@ stop() {
 case ${1:-} in
   start) start ;;
   stop) stop ;;
-  clean) stop && rm -rf "$folder" ;;
+  clean) stop && { umount "$folder"/run/netns/* 2>/dev/null || true; } && rm -rf "$folder" ;;
   *) echo "usage: engine.sh start | stop | clean" >&2 && exit 2 ;;
 esac
