@@ -56,6 +56,10 @@ def _url(value: str) -> str | None:
     return None if re.fullmatch(r"https?://[^/\s]+/?", value) else "must look like http://host:port"
 
 
+def _traces_url(value: str) -> str | None:
+    return None if re.fullmatch(r"https?://[^/\s]+/\S*", value) else "must look like http://host:4318/v1/traces"
+
+
 def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     return lambda v: check(v) if v else None
 
@@ -323,6 +327,18 @@ def _tls_problem(given: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    otlp_endpoint: str = setting(
+        "",
+        "where traces go, as http://collector:4318/v1/traces; needs the extra `otel`; empty = nowhere",
+        _optional(_traces_url),
+    )
+    sample_ratio: float = setting(
+        1.0, "share of the requests that are traced, of those that come without a trace's context", Between(0, 1)
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     kind: Literal["transformers", "emulated"] = setting("transformers", "which engine computes")
     model: str = setting("", "Hugging Face id or directory; `smollm2` = the demo's model")
@@ -376,6 +392,7 @@ class Config:
     node: NodeConfig = field(default_factory=NodeConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

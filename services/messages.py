@@ -292,6 +292,8 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     text_ahead: int = 0
     """… and so many of what follows, whose ids it was not told."""
     timeout_s: float | None = None
+    traceparent: str = ""
+    """W3C Trace Context of the router's span; "": it traces nothing."""
 
 
 class TicketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -325,6 +327,7 @@ class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_s: float | None = None
     tenant: str = ""
     fetch: FetchFrom | None = None
+    traceparent: str = ""
 
 
 class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):

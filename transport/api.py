@@ -102,6 +102,8 @@ class TransferReport:
     duplicate_chunks: int = 0
     peer_timings: dict[str, float | list[float]] = field(default_factory=dict)
     """Receiver: what FINISH carried, in the sender's clock."""
+    traceparent: str = ""
+    """Receiver: what OPEN carried, as it came; "": nothing."""
     clock: LinkClock | None = None
     """Of the session, at the end of the transfer."""
 

@@ -280,8 +280,9 @@ class KvEndpoint:
         receiver.expiry = timer
         return ticket, receiver
 
-    def sender(self, ticket: str, node: str, addresses: Sequence[KvAddress]) -> KvSender:
+    def sender(self, ticket: str, node: str, addresses: Sequence[KvAddress], traceparent: str = "") -> KvSender:
         """The sending half for `ticket`, to `node`. The claims are read, not verified: only the receiver can.
+        `traceparent`: the context (W3C) that the receiver's spans of the transfer are to belong to.
 
         Raises TicketError when the text is no ticket or its model or layout is not this node's.
         """
@@ -290,7 +291,9 @@ class KvEndpoint:
         if spec.model_fingerprint != self._fingerprint or spec.layout_hash != self.layout.layout_hash:
             raise TicketError(f"the ticket is for another model or KV layout than this node's ({node})")
         link = self._link_to_receiver(node, claims.epoch) or self._link_to(node, addresses, claims.epoch)
-        sender = TransferSender(spec, ticket, self.layout, link, self._config.chunk_bytes, self._config.open_timeout_s)
+        sender = TransferSender(
+            spec, ticket, self.layout, link, self._config.chunk_bytes, self._config.open_timeout_s, traceparent
+        )
         if isinstance(link, Dialler):
             link.senders.add(sender)
         return sender

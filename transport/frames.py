@@ -51,6 +51,8 @@ MAX_TICKET_CHARS = 4096
 MAX_REASON_CHARS = 1000
 """Of every text for people in a frame: fits ERROR's limit even when each character takes four bytes."""
 
+MAX_TRACEPARENT_CHARS = 64
+
 FROM_RECEIVER = 1
 RAW = 0
 """The codec number of bytes that lie in their destination as they come; the others are in codecs/registry.py."""
@@ -160,6 +162,9 @@ class Open(Body, frozen=True, omit_defaults=True):
     """Until the request's deadline; not an instant, since clocks differ."""
     repeat: int = 0
     """Of the same attempt, when lanes were lost and perhaps the answer with them: the answer is given again."""
+    traceparent: str = ""
+    """W3C Trace Context of the sender's work, for the receiver's spans; passed over with more than
+    MAX_TRACEPARENT_CHARS."""
 
 
 class Opened(Body, frozen=True, omit_defaults=True):

@@ -31,6 +31,7 @@ from prfaas.transport.frames import (
     FROM_RECEIVER,
     HEADER_BYTES,
     MAX_REASON_CHARS,
+    MAX_TRACEPARENT_CHARS,
     RAW,
     Ack,
     Cancel,
@@ -126,6 +127,8 @@ class TransferReceiver:
             # A second number would outlive `_end`, and its chunks would find the destination.
             return Opened(attempt, refused="the transfer is open already", kind="mismatch")
         self._session, self._number = session, number
+        if len(body.traceparent) <= MAX_TRACEPARENT_CHARS:
+            self.report.traceparent = body.traceparent
         session.add_receiver(number, self)
         self._expire_in(body.remaining_s)
         try:

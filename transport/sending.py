@@ -73,7 +73,14 @@ class TransferSender:
     """A `KvSender`. Everything but `put`, `finish` and `failed` is the event loop's."""
 
     def __init__(
-        self, spec: TransferSpec, ticket: str, layout: KvLayout, link: Link, chunk_bytes: int, timeout_s: float
+        self,
+        spec: TransferSpec,
+        ticket: str,
+        layout: KvLayout,
+        link: Link,
+        chunk_bytes: int,
+        timeout_s: float,
+        traceparent: str = "",
     ) -> None:
         self.spec = spec
         self.report = TransferReport()
@@ -83,6 +90,7 @@ class TransferSender:
         self._link = link
         self._session = link.session
         self._timeout_s = timeout_s
+        self._traceparent = traceparent
         self._loop = asyncio.get_running_loop()
         self._state = SendingTransfer(layout, spec, chunk_bytes)
         self._attempt = 0
@@ -229,6 +237,7 @@ class TransferSender:
                 dtypes=self.layout.dtypes,
                 remaining_s=None if self._deadline_s is None else max(0.0, self._deadline_s - self._loop.time()),
                 repeat=self._repeat,
+                traceparent=self._traceparent,
             ),
             self.number,
         )

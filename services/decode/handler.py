@@ -15,6 +15,7 @@ from prfaas.common.config import NodeConfig
 from prfaas.common.errors import RequestError, TransferError
 from prfaas.common.kv_layout import TokenRange
 from prfaas.common.metrics import NodeMetrics
+from prfaas.services.decode import spans
 from prfaas.services.decode.openai_format import ChunkFormat, WholeFormat
 from prfaas.services.decode.output import OutputText, Piece
 from prfaas.services.decode.stop import StopStrings
@@ -33,8 +34,16 @@ from prfaas.services.engine.prefix_store import Hold
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.tokenizer import TextStream, Tokenizer
 from prfaas.services.leases import Lease, Leases
-from prfaas.services.messages import DecodeCall, KvAddressMessage, SamplingMessage, TicketEvent, to_json
+from prfaas.services.messages import (
+    DecodeCall,
+    DecodeNodeTimeline,
+    KvAddressMessage,
+    SamplingMessage,
+    TicketEvent,
+    to_json,
+)
 from prfaas.services.sse import SseResponse
+from prfaas.services.telemetry.tracing import Trace, Tracing
 from prfaas.services.tls import check_caller
 from prfaas.services.web import Signer, parse_json, read_signed
 from prfaas.transport.api import KvReceiver, LinkClock, TransferSpec
@@ -59,6 +68,7 @@ class DecodeService:
     signer: Signer
     router_clock: Callable[[str], LinkClock | None]
     """By router name: router_monotonic − ours."""
+    tracing: Tracing | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         received_s = time.monotonic()
@@ -67,15 +77,20 @@ class DecodeService:
         log.bind_request(call.request_id)
         self._check(call)
         response = SseResponse(request, self.config.ping_s)
-        decode = _Decode(self, call, received_s, response)
-        async with self.leases.hold(call.router, request, "decode") as lease, aclosing(decode):
-            await decode.begin()
-            async with response:
-                outcome = "cancelled"
-                try:
-                    outcome = await decode.run()
-                finally:
-                    self.metrics.requests.labels("decode", _outcome(lease, outcome)).inc()
+        trace = None if self.tracing is None else self.tracing.begin(spans.NAME, call.traceparent, received_s)
+        decode = _Decode(self, call, received_s, response, trace)
+        outcome = "refused"
+        try:
+            async with self.leases.hold(call.router, request, "decode") as lease, aclosing(decode):
+                await decode.begin()
+                async with response:
+                    outcome = "cancelled"
+                    try:
+                        outcome = await decode.run()
+                    finally:
+                        self.metrics.requests.labels("decode", _outcome(lease, outcome)).inc()
+        finally:
+            decode.trace_ended(outcome)
         return response.response
 
     def _check(self, call: DecodeCall) -> None:
@@ -113,6 +128,7 @@ class _Decode:
     call: DecodeCall
     received_s: float
     out: SseResponse
+    trace: Trace | None = None
     times: TokenTimes = field(default_factory=TokenTimes)
     engine_timeline: DecodeTimeline | None = None
     ticket: TicketEvent = field(default_factory=lambda: TicketEvent("", [], 0, 0))
@@ -260,7 +276,16 @@ class _Decode:
         if receiver is not None:
             with suppress(TransferError, TimeoutError):
                 await asyncio.wait_for(receiver.finished(), FINISH_WAIT_S)
-        timeline = node_timeline(
+        timeline = self._timeline()
+        arrived = [s for s in timeline.arrived_s if s is not None]
+        if arrived and timeline.ended_s is not None:
+            self.service.metrics.exposed_seconds.observe(max(0.0, max(arrived) - timeline.ended_s))
+        self.out.send(b": timeline %b\n\n" % to_json(timeline))
+
+    def _timeline(self) -> DecodeNodeTimeline:
+        """Of what has happened so far."""
+        receiver = self.receiver
+        return node_timeline(
             self.received_s,
             self.times,
             self.engine_timeline,
@@ -269,10 +294,16 @@ class _Decode:
             held_tokens=self.ticket.token_start,
             local_prefill=receiver is None and self.ticket.token_start < self.ticket.token_end,
         )
-        arrived = [s for s in timeline.arrived_s if s is not None]
-        if arrived and timeline.ended_s is not None:
-            self.service.metrics.exposed_seconds.observe(max(0.0, max(arrived) - timeline.ended_s))
-        self.out.send(b": timeline %b\n\n" % to_json(timeline))
+
+    def trace_ended(self, outcome: str) -> None:
+        if self.trace is None or not self.trace.recorded:
+            return
+        timeline = self._timeline()
+        received = spans.receive_span(timeline)
+        if received is not None and self.receiver is not None:
+            self.trace.add_under(self.receiver.report.traceparent, received)
+        tokens = self.times.count
+        self.trace.end(spans.decode_span(self.call.request_id, timeline, time.monotonic(), outcome, tokens))
 
 
 def _sampling(message: SamplingMessage) -> SamplingParams:

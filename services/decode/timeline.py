@@ -16,9 +16,11 @@ class TokenTimes:
         self.first_s: float | None = None
         self.second_s: float | None = None
         self.last_s: float | None = None
+        self.count = 0
 
     def add(self, at_s: float) -> float | None:
         """One token; the gap to the one before."""
+        self.count += 1
         gap_s = None if self.last_s is None else at_s - self.last_s
         if self.first_s is None:
             self.first_s = at_s

@@ -30,6 +30,7 @@ from prfaas.services.node.heartbeat import RouterLink
 from prfaas.services.node.news import PoolNews, ProfileNews
 from prfaas.services.node.roles import Roles
 from prfaas.services.prefill.handler import PrefillService
+from prfaas.services.telemetry.tracing import Tracing, open_tracing
 from prfaas.transport.api import KvAddress, LinkClock
 from prfaas.transport.endpoint import KvEndpoint
 from prfaas.transport.lanes.tcp import TcpBackend
@@ -51,6 +52,7 @@ class Node:
     def __init__(self, config: Config, role: str, engine: Engine) -> None:
         self.config = config
         self.engine = engine
+        self._tracing: Tracing | None = None
         self.tls = services_tls.open_tls(config.tls, "node.name", config.node.name, role)
         certified = self.tls.identity.name if self.tls is not None else ""
         self.name = config.node.name or certified or f"{role}-{secrets.token_hex(4)}"
@@ -102,6 +104,7 @@ class Node:
     async def start(self) -> None:
         """The engine loads its model, the KV endpoint listens. Raises ConfigError, ModelRefusedError."""
         config = self.config
+        self._tracing = open_tracing(config.telemetry, "node", self.name, config.node.region)
         tokenizer = load_tokenizer(BYTES if config.engine.kind == "emulated" else config.engine.model)
         self.engine.on_failure(self._beat_now)  # routers choose others from now on, not from the next beat on
         await self.engine.start()
@@ -140,9 +143,18 @@ class Node:
             config.node,
             self._signer,
             config.engine.prefix_block_tokens,
+            self._tracing,
         )
         self._decode = DecodeService(
-            self.engine, self.endpoint, tokenizer, self.leases, metrics, config.node, self._signer, self.router_clock
+            self.engine,
+            self.endpoint,
+            tokenizer,
+            self.leases,
+            metrics,
+            config.node,
+            self._signer,
+            self.router_clock,
+            self._tracing,
         )
         self._started = True
         _log.info("node is up", node=self.name, role=self.role, model=info.model, region=config.node.region)
@@ -151,6 +163,8 @@ class Node:
         self._started = False
         await self.endpoint.aclose()
         await self.engine.close()
+        if self._tracing is not None:
+            await self._tracing.close()
 
     async def prefill(self, request: web.Request) -> web.StreamResponse:
         self._refuse_if_failed()

@@ -21,8 +21,10 @@ from prfaas.services.engine.api import Engine, EventStream, PrefillDone, Prefill
 from prfaas.services.engine.prefix_store import Hold
 from prfaas.services.leases import Leases
 from prfaas.services.messages import PrefillCall, PrefillResult
+from prfaas.services.prefill import spans
 from prfaas.services.prefill.fetch import NOTHING_FETCHED, Fetched, fetch_prefix
 from prfaas.services.sse import SseResponse
+from prfaas.services.telemetry.tracing import Trace, Tracing
 from prfaas.services.tls import check_caller
 from prfaas.services.web import Signer, parse_json, read_signed
 from prfaas.transport.api import KvAddress, KvSender
@@ -40,6 +42,7 @@ class PrefillService:
     config: NodeConfig
     signer: Signer
     prefix_block_tokens: int
+    tracing: Tracing | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         received_s = time.monotonic()
@@ -47,15 +50,20 @@ class PrefillService:
         check_caller(request, call.router, ("router",))
         log.bind_request(call.request_id)
         response = SseResponse(request, self.config.ping_s)
-        prefill = _Prefill(self, call, received_s, response)
-        async with self.leases.hold(call.router, request, "prefill") as lease, aclosing(prefill):
-            await prefill.begin()
-            async with response:
-                outcome = "cancelled"
-                try:
-                    outcome = await prefill.run()
-                finally:
-                    self.metrics.requests.labels("prefill", "lease_freed" if lease.freed else outcome).inc()
+        trace = None if self.tracing is None else self.tracing.begin(spans.NAME, call.traceparent, received_s)
+        prefill = _Prefill(self, call, received_s, response, trace)
+        outcome = "refused"
+        try:
+            async with self.leases.hold(call.router, request, "prefill") as lease, aclosing(prefill):
+                await prefill.begin()
+                async with response:
+                    outcome = "cancelled"
+                    try:
+                        outcome = await prefill.run()
+                    finally:
+                        self.metrics.requests.labels("prefill", "lease_freed" if lease.freed else outcome).inc()
+        finally:
+            prefill.trace_ended(outcome)
         return response.response
 
 
@@ -67,10 +75,12 @@ class _Prefill:
     call: PrefillCall
     received_s: float
     out: SseResponse
+    trace: Trace | None = None
     sender: KvSender | None = None
     hold: Hold | None = None
     fetched: Fetched = NOTHING_FETCHED
     events: EventStream[PrefillEvent] | None = None
+    done: PrefillDone | None = None
 
     async def begin(self) -> None:
         """Raises RequestError or TicketError for what the router could have known, before any work and before the
@@ -78,7 +88,8 @@ class _Prefill:
         call, service = self.call, self.service
         tokens = len(call.prompt_token_ids)
         addresses = [KvAddress(a.host, a.port, a.rank) for a in call.kv_addresses]
-        self.sender = service.endpoint.sender(call.ticket, call.decode_node, addresses)
+        traceparent = "" if self.trace is None else self.trace.traceparent
+        self.sender = service.endpoint.sender(call.ticket, call.decode_node, addresses, traceparent)
         end = self.sender.spec.tokens.end
         if end != tokens - 1:
             raise RequestError(f"the ticket is for {end + 1} tokens, the prompt has {tokens}", param="ticket")
@@ -112,7 +123,7 @@ class _Prefill:
             if self.events is None:
                 await self._fetch()
                 self._start()
-            done = await self._last_event()
+            done = self.done = await self._last_event()
             metrics.queue_seconds.observe(done.started_s - done.queued_s)
             metrics.prefill_seconds.observe(done.ended_s - done.started_s)
             self.out.send_event("done", self._result(done))
@@ -159,6 +170,28 @@ class _Prefill:
             fetched_wire_bytes=self.fetched.wire_bytes,
             fetch_failed=self.fetched.failed,
         )
+
+    def trace_ended(self, outcome: str) -> None:
+        if self.trace is None or not self.trace.recorded:
+            return
+        ended_s, done = time.monotonic(), self.done
+        instants = spans.PrefillInstants(self.received_s, ended_s)
+        if done is not None:
+            sent_s = {layer: at_s for report in done.reports for layer, at_s in report.layer_at_s.items()}
+            instants = spans.PrefillInstants(
+                self.received_s,
+                ended_s,
+                done.queued_s,
+                done.started_s,
+                done.ended_s,
+                done.computed_s,
+                sent_s,
+                sum(report.raw_bytes for report in done.reports),
+                sum(report.wire_bytes for report in done.reports),
+            )
+        held_tokens = self.hold.tokens if self.hold is not None else 0
+        call = self.call
+        self.trace.end(spans.prefill_span(call.request_id, instants, outcome, len(call.prompt_token_ids), held_tokens))
 
     async def aclose(self) -> None:
         """Engine and transfer have let go of everything when this returns. Idempotent."""

@@ -35,7 +35,7 @@ from prfaas.services import tls as services_tls
 from prfaas.services import web as services_web
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.messages import FormatMessage, Heartbeat, HeartbeatAnswer
-from prfaas.services.router import processes
+from prfaas.services.router import processes, spans
 from prfaas.services.router.console import handlers as console
 from prfaas.services.router.console.state import Console
 from prfaas.services.router.decision import make_policy, read_wishes
@@ -49,6 +49,7 @@ from prfaas.services.router.registry import ROLES, Registry
 from prfaas.services.router.roles import RoleCalls
 from prfaas.services.router.timeline import Timelines
 from prfaas.services.router.upstream import Nodes
+from prfaas.services.telemetry.tracing import Trace, Tracing, open_tracing
 from prfaas.services.web import REQUEST_ID, Signer, json_response, parse_json, read_body, read_signed
 from prfaas.transport.tls import Tls
 from yarl import URL
@@ -80,12 +81,19 @@ class Router:
     planning: Planning
     metrics: Metrics
     tls: Tls | None = None
+    tracing: Tracing | None = None
     started_at_s: int = field(default_factory=lambda: int(time.time()))
     refused: dict[str, str] = field(default_factory=dict)
     """Nodes whose heartbeats are refused, and why: logged once, not every two seconds."""
 
     def why_not_ready(self) -> str | None:
         return self.registry.why_not_ready(time.monotonic())
+
+    def trace(self, http: web.Request, arrived_s: float) -> Trace | None:
+        """The request's span; in the client's trace, if it comes with one's context."""
+        if self.tracing is None:
+            return None
+        return self.tracing.begin(spans.NAME, http.headers.get("traceparent", ""), arrived_s)
 
     @property
     def name(self) -> str:
@@ -202,6 +210,7 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
             tenant=tenant,
             keys=keys,
             ended=lambda tokens: router.quotas.give_back(api_key, longest - tokens),
+            trace=router.trace(http, arrived_s),
         )
         response = await http.app[DISPATCHER].run(http, job)
         status = response.status
@@ -419,6 +428,7 @@ def make_app(config: Config) -> web.Application:
         planning=Planning(config.planner, name, holder, registry, policy, metrics.router),
         metrics=metrics,
         tls=services_tls.open_tls(config.tls, "router.name", config.router.name, "router"),
+        tracing=open_tracing(config.telemetry, "router", name),
     )
     app = services_web.make_app(
         router.metrics, not_ready=router.why_not_ready, max_body_bytes=config.router.max_body_bytes
@@ -470,6 +480,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         await asyncio.wait([adapting])
         await roles.close()
     router.prompts.close()
+    if router.tracing is not None:
+        await router.tracing.close()
 
 
 async def _adapting(router: Router, roles: RoleCalls, viewers: console.Viewers) -> None:

@@ -35,6 +35,7 @@ from prfaas.services.messages import (
     TicketEvent,
     to_json,
 )
+from prfaas.services.router import spans
 from prfaas.services.router.decision import NO_WISHES, Wishes, fetch_from, in_words, refusal, region_index, shares
 from prfaas.services.router.node_stream import DONE, Batch, response_body, usage_event
 from prfaas.services.router.openai import GenerationRequest
@@ -53,6 +54,7 @@ from prfaas.services.router.upstream import (
     NodeUnreachableError,
     decode_event,
 )
+from prfaas.services.telemetry.tracing import Trace
 from prfaas.services.web import REQUEST_ID_HEADER, describe_error, error_response
 
 REASON_HEADER = "x-prfaas-reason"
@@ -63,6 +65,8 @@ DECODE_REGION_HEADER = "x-prfaas-decode-region"
 DECISION_HEADER = "x-prfaas-decision"
 HELD_HEADER = "x-prfaas-held-tokens"
 
+NO_NODE = "no_decode_node"
+"""The reason of a request that came to no node."""
 ENGINE_FAILURES = 2
 """Decode engines that may fail in the middle of one request's output."""
 CONTINUE_LOOK_S = 0.25
@@ -98,6 +102,12 @@ class Job:
     """Of the prompt's blocks."""
     ended: Callable[[int], None] = _nothing
     """Called once, with the tokens of output that it has had."""
+    trace: Trace | None = None
+    """Ended with the request."""
+
+    @property
+    def traceparent(self) -> str:
+        return "" if self.trace is None else self.trace.traceparent
 
 
 @dataclass(slots=True)
@@ -436,6 +446,7 @@ class Dispatcher:
             max(0.0, job.deadline_s - self.now_s()),
             job.tenant,
             attempt.fetch,
+            job.traceparent,
         )
 
         prefill = attempt.prefill
@@ -530,6 +541,7 @@ class Dispatcher:
                 tenant=job.tenant,
                 output_token_ids=msgspec.Raw(b"[%b]" % delivered),  # type: ignore[arg-type]
                 text_ahead=progress.text_ahead if delivered else 0,
+                traceparent=job.traceparent,
             )
         )
 
@@ -546,7 +558,7 @@ class Dispatcher:
         logger.info(
             "request",
             outcome=progress.outcome,
-            reason=attempt.reason if attempt else "no_decode_node",
+            reason=attempt.reason if attempt else NO_NODE,
             decode=attempt.decode.name if attempt else None,
             prefill=attempt.prefill.name if attempt and attempt.prefill else None,
             fallbacks=progress.fallbacks or None,
@@ -555,22 +567,30 @@ class Dispatcher:
             e2e_s=round(instants.ended_s - instants.arrived_s, 4),
             **_logged(job, attempt, instants),
         )
+        facts = _facts(job, progress)
+        if job.trace is not None and job.trace.recorded:
+            job.trace.end(spans.request_span(facts, instants, model=job.request.model))
         if attempt is not None:
-            facts = RequestFacts(
-                job.request_id,
-                progress.outcome,
-                attempt.reason,
-                progress.fallbacks,
-                attempt.prefill.name if attempt.prefill else None,
-                attempt.decode.name,
-                job.prompt.tokens,
-                progress.output_tokens,
-                in_words(attempt.decision, job.prompt.tokens) if attempt.decision is not None else "",
-                attempt.offloaded,
-                time.time(),
-            )
             self.metrics.offloads.inc(attempt.offloaded)
             self.timelines.add(Record(facts, instants, progress.timeline, b",".join(progress.token_ids)))
+
+
+def _facts(job: Job, progress: Progress) -> RequestFacts:
+    attempt = progress.attempt
+    decision = attempt.decision if attempt is not None else None
+    return RequestFacts(
+        job.request_id,
+        progress.outcome,
+        attempt.reason if attempt else NO_NODE,
+        progress.fallbacks,
+        attempt.prefill.name if attempt and attempt.prefill else None,
+        attempt.decode.name if attempt else "",
+        job.prompt.tokens,
+        progress.output_tokens,
+        in_words(decision, job.prompt.tokens) if decision is not None else "",
+        attempt.offloaded if attempt else False,
+        time.time(),
+    )
 
 
 def _context_json(job: Job, progress: Progress) -> msgspec.Raw:

@@ -276,6 +276,25 @@ async def test_more_than_was_granted_fails_the_transfer() -> None:
         await greedy.receiver.aclose()
 
 
+@pytest.mark.parametrize(
+    ("more", "known"),
+    [({}, ""), ({"traceparent": "00-abc"}, "00-abc"), ({"traceparent": "x" * 65}, ""), ({"of_a_later_version": 1}, "")],
+)
+async def test_open_may_carry_a_traces_context_and_what_only_later_versions_know(
+    more: dict[str, object], known: str
+) -> None:
+    """An earlier version sends none of it, a later one more; what is too long to be a context is passed over."""
+    async with pair(TcpBackend, dense(1)) as p, raw_session(p) as (good, _bad, _transfer):
+        transfer = p.offer(spec_of(p.layout, (0, 100)), seed=2)
+        body = msgspec.to_builtins(open_body(transfer)) | more
+        good.writer.write(control_frame(FrameType.OPEN, body, transfer=2))
+        assert (await good.until(FrameType.OPENED)).credit_bytes > 0
+        await good.send_all(transfer, number=2)
+        assert (await transfer.receiver.finished()).traceparent == known
+        assert transfer.destination.rows == transfer.source
+        await transfer.receiver.aclose()
+
+
 async def test_one_number_is_one_transfer() -> None:
     """OPEN can't give a transfer's number to another, nor a transfer a second number: memory would be found by chunks
     after its owner has closed the transfer."""

@@ -1,0 +1,1 @@
+"""Traces: which spans a request has (`spans`, pure), and how they get to a collector (`tracing`)."""
