@@ -353,6 +353,11 @@ class EngineConfig:
     )
     max_batch: int = setting(64, "most requests in one decode batch", Between(1, 4096))
     max_prefills: int = setting(4, "most prefills whose steps interleave", Between(1, 256))
+    priority_s: float = setting(
+        10.0,
+        "a request is queued as if it had come so many seconds later for each unit of its priority",
+        Between(0, 1e6),
+    )
     send: Literal["layerwise", "after_prefill"] = setting(
         "layerwise", "when KV leaves: each layer as it is computed, or all after prefill (a baseline)"
     )

@@ -294,6 +294,8 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_s: float | None = None
     traceparent: str = ""
     """W3C Trace Context of the router's span; "": it traces nothing."""
+    priority: int = 0
+    """As the client's: lower is sooner."""
 
 
 class TicketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -328,6 +330,7 @@ class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: str = ""
     fetch: FetchFrom | None = None
     traceparent: str = ""
+    priority: int = 0
 
 
 class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -245,6 +245,7 @@ class _Decode:
             call.timeout_s,
             call.tenant,
             self.hold,
+            call.priority,
         )
 
     def _output(self) -> OutputText:

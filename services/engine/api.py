@@ -80,6 +80,8 @@ class PrefillRequest:
     timeout_s: float | None = None
     tenant: str = ""
     hold: Hold | None = None
+    priority: int = 0
+    """See `rank_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,15 @@ class DecodeRequest:
     timeout_s: float | None = None
     tenant: str = ""
     hold: Hold | None = None
+    priority: int = 0
+    """See `rank_s`."""
+
+
+def rank_s(queued_s: float, priority: int, priority_s: float) -> float:
+    """The place of a request in a queue, least first: as if it had come `priority_s` later for each unit of its
+    priority (earlier for negative ones). So nobody waits for ever: requests of priority p overtake those of q > p that
+    have waited less than (q − p) · priority_s, and no others. What has begun to compute isn't interrupted."""
+    return queued_s + priority * priority_s
 
 
 class FinishReason(enum.StrEnum):

@@ -112,7 +112,9 @@ class _Prefill:
         timeout_s = call.timeout_s
         if timeout_s is not None:
             timeout_s = max(0.0, timeout_s - (time.monotonic() - self.received_s))
-        request = PrefillRequest(call.request_id, call.prompt_token_ids, timeout_s, call.tenant, self.hold)
+        request = PrefillRequest(
+            call.request_id, call.prompt_token_ids, timeout_s, call.tenant, self.hold, call.priority
+        )
         self.events = self.service.engine.prefill(request, [sender])
 
     async def run(self) -> str:

@@ -191,6 +191,7 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
         wishes = read_wishes(http.headers)
         request = await router.prompts.parse(kind, await read_body(http))
         router.check_model(request.model)
+        router.quotas.check_priority(api_key, request.priority)
         prompt = await router.prompts.tokenize(request)
         metrics.prompt_tokens.inc(prompt.tokens)
         longest = router.max_output_tokens(request, prompt.tokens)

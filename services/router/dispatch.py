@@ -447,6 +447,7 @@ class Dispatcher:
             job.tenant,
             attempt.fetch,
             job.traceparent,
+            job.request.priority,
         )
 
         prefill = attempt.prefill
@@ -542,6 +543,7 @@ class Dispatcher:
                 output_token_ids=msgspec.Raw(b"[%b]" % delivered),  # type: ignore[arg-type]
                 text_ahead=progress.text_ahead if delivered else 0,
                 traceparent=job.traceparent,
+                priority=job.request.priority,
             )
         )
 

@@ -25,6 +25,8 @@ MAX_SALT_CHARS = 256
 MAX_TOKENS = 1 << 24
 """Of any count of tokens; far above every model, far below what arithmetic would mind."""
 
+FIRST_PRIORITY, LAST_PRIORITY = -100, 100
+
 Kind = Literal["chat", "completion"]
 
 
@@ -46,6 +48,8 @@ class GenerationRequest:
     echo: bool
     cache_salt: str = ""
     """As vLLM's: prefixes are shared only with requests that have the same."""
+    priority: int = 0
+    """As vLLM's: lower is sooner."""
 
     @property
     def prompt_field(self) -> str:
@@ -55,6 +59,7 @@ class GenerationRequest:
 COMMON_FIELDS = frozenset({
     "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos", "stop",
     "stop_token_ids", "include_stop_str_in_output", "stream", "stream_options", "cache_salt",
+    "priority",
 })  # fmt: skip
 FIELDS: Mapping[Kind, frozenset[str]] = {
     "chat": COMMON_FIELDS | {"messages", "max_completion_tokens"},
@@ -115,7 +120,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "detokenize": (True,),
     "return_token_ids": (False,),
-    "priority": (0,),
     "kv_transfer_params": (),
 }
 """Features of OpenAI and vLLM that this engine doesn't have, with the values that don't ask for them (null always)."""
@@ -147,6 +151,7 @@ def parse_request(kind: Kind, body: Any) -> GenerationRequest:
         continuous_usage=continuous_usage,
         echo=_boolean(body, "echo"),
         cache_salt=_cache_salt(body),
+        priority=_integer(body, "priority", FIRST_PRIORITY, LAST_PRIORITY) or 0,
     )
 
 

@@ -3,13 +3,13 @@
 A file of keys has one a line, with what it may have behind it:
 
     sk-team-a  name=team-a requests_per_min=600 tokens_per_min=2000000
-    sk-batch   name=batch  tokens_per_min=500000
+    sk-batch   name=batch  tokens_per_min=500000 first_priority=10
     sk-admin
 
 Two buckets a key, which hold a minute's worth. A request is let in while each has one left, and takes its prompt and
 the longest output that it may have; what it doesn't use of that comes back when it ends. It may overdraw, so that none
 is too long to ever be let in, and those behind it wait until that is paid. Several routers share nothing: each grants
-all of it.
+all of it. first_priority: the least number, which is the soonest, that its requests may have as `priority`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prfaas.common.errors import ConfigError, QuotaError
+from prfaas.common.errors import ConfigError, QuotaError, RequestError
+from prfaas.services.router.openai import FIRST_PRIORITY, LAST_PRIORITY
 
 MINUTE_S = 60.0
 NUMBERS = ("requests_per_min", "tokens_per_min")
@@ -33,6 +34,7 @@ class KeyLimits:
     name: str
     requests_per_min: float = math.inf
     tokens_per_min: float = math.inf
+    first_priority: int = FIRST_PRIORITY
 
 
 def parse_keys(lines: Iterable[str], where: str) -> list[KeyLimits]:
@@ -55,16 +57,21 @@ def parse_keys(lines: Iterable[str], where: str) -> list[KeyLimits]:
 
 
 def _parse(words: list[str], name: str) -> KeyLimits:
-    key, limits = words[0], {}
+    key, limits, first_priority = words[0], {}, FIRST_PRIORITY
     for word in words[1:]:
         what, equals, value = word.partition("=")
         if what == "name" and 0 < len(value) <= MAX_NAME:
             name = value
+        elif what == "first_priority" and value.removeprefix("-").isdecimal() and abs(int(value)) <= LAST_PRIORITY:
+            first_priority = int(value)
         elif what in NUMBERS and equals and _is_number(value):
             limits[what] = float(value)
         else:
-            raise ValueError(f"{word[:40]!r} must be name=..., requests_per_min=N or tokens_per_min=N, with N above 0")
-    return KeyLimits(key, name, **limits)
+            raise ValueError(
+                f"{word[:40]!r} must be name=..., requests_per_min=N or tokens_per_min=N, with N above 0, "
+                f"or first_priority=N from {FIRST_PRIORITY} to {LAST_PRIORITY}"
+            )
+    return KeyLimits(key, name, **limits, first_priority=first_priority)
 
 
 def _is_number(text: str) -> bool:
@@ -104,6 +111,14 @@ class Quotas:
     def name(self, key: str) -> str:
         """Of a key, for logs and metrics; "": it has none."""
         return self._of[key][0].name if key in self._of else ""
+
+    def check_priority(self, key: str, priority: int) -> None:
+        """Raises RequestError: it is sooner than this key may ask for."""
+        if key in self._of and priority < (first := self._of[key][0].first_priority):
+            raise RequestError(
+                f"this API key may ask for priority {first} or a higher number (later), not {priority}",
+                param="priority",
+            )
 
     def admit(self, key: str, tokens: int, now_s: float) -> None:
         """A request with so many tokens of prompt and output at most. Raises QuotaError, and then takes nothing."""

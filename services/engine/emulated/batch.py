@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from prfaas.services.engine.emulated.device import Device
+from prfaas.services.engine.emulated.slots import Slots
 
 
 class Batch:
@@ -16,7 +17,7 @@ class Batch:
         self._step_s = step_s
         self._members: dict[asyncio.Future[None], tuple[Callable[[], bool], int]] = {}
         self._loop: asyncio.Task[None] | None = None
-        self.slots = asyncio.Semaphore(max_batch)
+        self.slots = Slots(max_batch)
 
     @property
     def running(self) -> int:

@@ -17,6 +17,7 @@ from prfaas.services.engine.api import (
     DecodeTimeline,
     FinishReason,
     TokenEvent,
+    rank_s,
 )
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.keeping import keep
@@ -36,6 +37,7 @@ class DecodeJob:
         self._receivers = receivers
         self._context = [*request.prompt_token_ids, *request.output_token_ids]
         machine.check(self._context, self._most_tokens)
+        self._rank_s = rank_s(time.monotonic(), request.priority, machine.config.priority_s)
         self._position = len(request.output_token_ids)
         self._hold = request.hold
         self._held = 0 if request.hold is None else request.hold.tokens
@@ -100,7 +102,7 @@ class DecodeJob:
             output = OutputTokens(request.prompt_token_ids, request.sampling.seed)
             self.waits_for_place = True
             try:
-                async with self._machine.batch.slots:
+                async with self._machine.batch.slots.held(self._rank_s):
                     self.waits_for_place = False
                     emit(await self._first_step())
                     if not self._say(output, emit):
@@ -132,7 +134,7 @@ class DecodeJob:
             self.prefill_remaining = end - stop
 
         self._regions.append(await machine.memory.allocate(size))
-        async with machine.prefill_slots:
+        async with machine.prefill_slots.held(self._rank_s):
             started_s = time.monotonic()
             await machine.compute(self._held, end, layer_computed)
         self._local = [queued_s, started_s, time.monotonic()]

@@ -14,6 +14,7 @@ from prfaas.services.engine.emulated.batch import Batch
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.device import Device
 from prfaas.services.engine.emulated.profile import Emulation
+from prfaas.services.engine.emulated.slots import Slots
 from prfaas.services.engine.prefix_store import PrefixStore
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.transport.arena import Arena, Region
@@ -37,9 +38,9 @@ class Machine:
         self.device = Device(config.time_scale)
         self.batch = Batch(self.device, emulates.step_s, emulates.max_batch)
         self.memory = Memory(arena)
-        self.prefill_slots = asyncio.Semaphore(config.max_prefills)
+        self.prefill_slots = Slots(config.max_prefills)
         # One request more than computes may be open, so that its OPEN's round trip passes while others compute.
-        self.open_slots = asyncio.Semaphore(config.max_prefills + 1)
+        self.open_slots = Slots(config.max_prefills + 1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="emulated-kv")
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from prfaas.common.errors import NoRoomError, OutOfMemoryError
-from prfaas.services.engine.api import PrefillDone, PrefillEvent, PrefillProgress, PrefillRequest
+from prfaas.services.engine.api import PrefillDone, PrefillEvent, PrefillProgress, PrefillRequest, rank_s
 from prfaas.services.engine.emulated.content import KvContent
 from prfaas.services.engine.emulated.keeping import keep
 from prfaas.services.engine.emulated.machine import Machine
@@ -26,6 +26,7 @@ class PrefillJob:
         self._machine = machine
         self._request = request
         self._senders = senders
+        self._rank_s = rank_s(time.monotonic(), request.priority, machine.config.priority_s)
         self._tokens = senders[0].spec.tokens
         self._hold = request.hold
         self._held = 0 if request.hold is None else request.hold.tokens
@@ -52,7 +53,7 @@ class PrefillJob:
                 return
             content = await self._machine.content(ids[: self._tokens.end])
             await self._admission()
-            async with self._machine.prefill_slots:
+            async with self._machine.prefill_slots.held(self._rank_s):
                 started_s = time.monotonic()
                 await self._compute(content, emit)
             self._leave()
@@ -84,7 +85,7 @@ class PrefillJob:
             )
         unopened = list(self._senders)
         while True:
-            await machine.open_slots.acquire()
+            await machine.open_slots.acquire(self._rank_s)
             self._holds_slot = True
             for size in sizes:
                 self._regions.append(await machine.memory.allocate(size))

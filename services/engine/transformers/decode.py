@@ -17,6 +17,7 @@ A joiner that starts from a held prefix has a layer when that is copied as well 
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class DecodeRow:
     """Whose KV is complete in all layers; 0 before the first pass."""
     waits_for_all: bool = False
     """Enter no layer before all have arrived (a baseline)."""
+    rank_s: float = 0.0
+    """Who has less is before, where places are few (services/engine/api.py)."""
     present: list[bool] = field(default_factory=list)
     arrived_s: list[float | None] = field(default_factory=list)
     missing_layers: int = 0
@@ -108,7 +111,7 @@ class SlipstreamBatch:
         self._pass: _Batch | None = None
 
     def join(self, row: DecodeRow) -> None:
-        self.joining.append(row)
+        bisect.insort_right(self.joining, row, key=lambda joiner: joiner.rank_s)
 
     def discard(self, row: DecodeRow) -> None:
         """Idempotent. When it returns, nothing reads or writes the row's KV any more, in the middle of a pass too."""
@@ -132,7 +135,7 @@ class SlipstreamBatch:
         return bool(self.running) or bool(self._eligible())
 
     def _eligible(self) -> list[DecodeRow]:
-        """Joiners of which something has arrived, as many as there is room for."""
+        """Joiners of which something has arrived, as many as there is room for, by rank."""
         started = [row for row in self.joining if row.missing_layers < row.layer_count]
         return started[: max(0, self._max_batch - len(self.running))]
 

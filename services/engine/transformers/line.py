@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Protocol
 
 from prfaas.services.engine.transformers.prefill_queue import turn_in_s
@@ -12,6 +13,11 @@ _SPEED_WEIGHT = 0.3
 
 class Waiting(Protocol):
     """A request in the line."""
+
+    @property
+    def rank_s(self) -> float:
+        """Who has less is before (services/engine/api.py)."""
+        ...
 
     @property
     def remaining_tokens(self) -> int: ...
@@ -34,7 +40,7 @@ class Waiting(Protocol):
 
 
 class PrefillLine:
-    """First come, first served, into at most `slots` that compute at the same time."""
+    """By rank, and of one rank first come, first served, into at most `slots` that compute at the same time."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -51,13 +57,13 @@ class PrefillLine:
         return len(self._waiting) + len(self._active)
 
     def join(self, item: Waiting) -> None:
-        self._waiting.append(item)
+        bisect.insort_right(self._waiting, item, key=_rank_s)
         self.advance()
 
     def rejoin(self, item: Waiting) -> None:
         """It had started and had to give up; it keeps its place before those that came later."""
         self._active.remove(item)
-        self._waiting.insert(0, item)
+        bisect.insort_left(self._waiting, item, key=_rank_s)
         self.advance()
 
     def leave(self, item: Waiting) -> None:
@@ -89,3 +95,7 @@ class PrefillLine:
         for place, item in enumerate([item for item in self._waiting if not item.aside]):
             if turn_in_s(remaining, place, self._tokens_per_s) <= item.lead_s:
                 item.turn_is_near()
+
+
+def _rank_s(item: Waiting) -> float:
+    return item.rank_s

@@ -23,6 +23,7 @@ from prfaas.services.engine.api import (
     PrefillProgress,
     PrefillRequest,
     TokenEvent,
+    rank_s,
 )
 from prfaas.services.engine.measured_profile import MeasuredProfile
 from prfaas.services.engine.prefix_store import Hold, PrefixStore, Writing
@@ -116,6 +117,7 @@ class PrefillLife:
         self._end = max((sender.spec.tokens.end for sender in senders), default=0)
         self._start = min((sender.spec.tokens.start for sender in senders), default=0)
         self._queued_s = time.monotonic()
+        self.rank_s = rank_s(self._queued_s, request.priority, desk.config.priority_s)
         self._kv: RequestKv | None = None
         self._job: PrefillJob | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -310,6 +312,7 @@ class DecodeLife:
         self._row: DecodeRow | None = None
         self._shards_missing: list[int] = []
         self._queued_s = time.monotonic()
+        self.rank_s = rank_s(self._queued_s, request.priority, desk.config.priority_s)
         self.aside = False
         self.stream: RequestEvents[DecodeEvent] = RequestEvents(self._close)
         self._deadline = _Deadline(request.timeout_s, self._fail)
@@ -396,6 +399,7 @@ class DecodeLife:
             emit=self._emit,
             stash=_stash(desk.prefixes),
             waits_for_all=desk.config.join == "when_complete",
+            rank_s=self.rank_s,
         )
 
     # -- KV from other nodes ------------------------------------------------------------------------------------------

@@ -121,6 +121,27 @@ async def test_layers_stream_and_every_byte_is_right() -> None:
     assert done.reports[0].raw_bytes == pair.decode.info.layout.total_bytes(TokenRange(0, len(PROMPT) - 1))
 
 
+async def test_a_request_of_lower_priority_number_overtakes_those_that_wait() -> None:
+    """Behind one that computes: the last to come is served first of those that wait, which keep their order."""
+    ended: list[int] = []
+
+    async def one(pair: Pair, index: int, priority: int) -> None:
+        prompt = [index] * 400
+        sender, receiver = pair.transfer(TokenRange(0, 399))
+        outputs = pair.decode.decode(DecodeRequest("r", prompt, 8, SamplingParams()), [receiver])
+        steps = pair.prefill.prefill(PrefillRequest("r", prompt, priority=priority), [sender])
+        async with aclosing(outputs), aclosing(steps):
+            await collect(steps)
+            ended.append(index)
+            await collect(outputs)
+
+    async with joined(max_prefills=1, time_scale=1.0, prefill_tokens_per_s=5000.0) as pair, asyncio.timeout(WAIT_S):
+        # Two are let in at once: one computes, and the next one's OPEN is on its way.
+        requests = list(enumerate([0, 0, 1, 0, -1]))
+        await asyncio.gather(*(one(pair, index, priority) for index, priority in requests))
+    assert ended == [0, 1, 4, 3, 2]
+
+
 async def test_a_range_that_starts_later_is_sent_alone() -> None:
     async with joined() as pair:
         tokens, _, done = await pair.run(token_start=1000)

@@ -6,8 +6,9 @@ from prfaas.services.engine.transformers.line import PrefillLine
 
 
 class Item:
-    def __init__(self, tokens: int, *, lead_s: float = 0.1, room: bool = True) -> None:
+    def __init__(self, tokens: int, *, lead_s: float = 0.1, room: bool = True, rank_s: float = 0.0) -> None:
         self.remaining_tokens = tokens
+        self.rank_s = rank_s
         self.lead_s = lead_s
         self.room = room
         self.aside = False
@@ -33,6 +34,25 @@ def test_slots_are_filled_in_order() -> None:
     assert [item.started for item in items] == [True, True, True, False]
     assert line.queued_requests == 3
     assert line.queued_tokens == 3000
+
+
+def test_who_has_the_least_rank_is_next() -> None:
+    """And keeps that place when it has to give up what it had started; those that compute are let go on."""
+    line = PrefillLine(1)
+    running, late, soon, sooner = (Item(10, rank_s=rank_s) for rank_s in (9.0, 5.0, 3.0, 1.0))
+    for item in (running, late, soon):
+        line.join(item)
+    assert [item.started for item in (running, late, soon)] == [True, False, False]
+    line.leave(running)
+    assert [item.started for item in (late, soon)] == [False, True]
+    line.join(sooner)
+    soon.room = False
+    line.rejoin(soon)
+    assert sooner.started
+    soon.room = True
+    soon.started = False
+    line.leave(sooner)
+    assert [item.started for item in (late, soon)] == [False, True]
 
 
 def test_a_copied_prefix_says_nothing_of_the_speed() -> None:

@@ -21,21 +21,22 @@ def test_a_file_says_who_may_have_what() -> None:
         "sk-a  name=team-a requests_per_min=60 tokens_per_min=1e6",
         "",
         "sk-b tokens_per_min=5  # few",
-        "sk-c",
+        "sk-c first_priority=-5",
     ]
     assert parse_keys(lines, "keys") == [
         KeyLimits("sk-a", "team-a", 60.0, 1e6),
         KeyLimits("sk-b", "key-2", tokens_per_min=5.0),
-        KeyLimits("sk-c", "key-3"),
+        KeyLimits("sk-c", "key-3", first_priority=-5),
     ]
 
 
 def test_all_mistakes_of_a_file_are_told_at_once_and_no_key_is() -> None:
     lines = ["sk-a rate=5", "sk-b name=x requests_per_min=0", "sk-c name=y", "sk-d name=y", "sk-e tokens_per_min=nan"]
+    lines += ["sk-f first_priority=101", "sk-g first_priority=soon"]
     with pytest.raises(ConfigError) as caught:
         parse_keys(lines, "keys")
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
-        "keys line 1", "keys line 2", "keys line 5", "keys",
+        "keys line 1", "keys line 2", "keys line 5", "keys line 6", "keys line 7", "keys",
     ]  # fmt: skip
     assert "sk-" not in str(caught.value)
 
@@ -93,6 +94,21 @@ def test_nobody_has_more_than_the_rate(asked: list[tuple[float, int]]) -> None:
         wait_s = refused_for_s(quotas, 1, now_s)
         had += not wait_s
         assert math.isfinite(wait_s)
+
+
+async def test_a_key_may_not_ask_for_more_than_its_first_priority(make_cluster: Any, tmp_path: Path) -> None:
+    """The client is told which it may; keys without that bound may ask for any. The node is told what was asked for."""
+    file = tmp_path / "keys"
+    file.write_text("sk-a first_priority=5\nsk-b\n")
+    cluster = await make_cluster(api_keys_file=str(file))
+    node = await cluster.add("d1")
+    a, b = ({"authorization": f"Bearer {key}"} for key in ("sk-a", "sk-b"))
+    status, body, _ = await cluster.post("/v1/completions", BODY, **a)
+    assert (status, body["error"]["param"]) == (400, "priority")
+    assert "priority 5 or a higher number" in body["error"]["message"]
+    assert (await cluster.post("/v1/completions", {**BODY, "priority": 5}, **a))[0] == 200
+    assert (await cluster.post("/v1/completions", {**BODY, "priority": -100}, **b))[0] == 200
+    assert [call.priority for call in node.calls] == [5, -100]
 
 
 async def test_a_client_beyond_its_quota_gets_429(make_cluster: Any, tmp_path: Path) -> None:
