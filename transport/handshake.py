@@ -9,6 +9,7 @@ The MAC is by the cluster secret; an empty secret (loopback only) checks nothing
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from prfaas.common.auth import NonceWindow, sign, verify
 from prfaas.common.errors import PeerRefusedError
@@ -20,6 +21,7 @@ MAX_NAME_CHARS = 200
 MAX_NONCE_CHARS = 64
 """A million of them are remembered."""
 MAX_EPOCH_CHARS = 64
+SHOWN_VERSIONS = 8
 _SESSION = re.compile(r"[0-9a-f]{32}")
 
 
@@ -59,7 +61,11 @@ def check_hello(
     if secret:
         _check_fresh(hello, now_s, monotonic_s, skew_s, nonces)
     if not set(hello.versions) & set(SUPPORTED_VERSIONS):
-        raise PeerRefusedError(f"protocol versions {hello.versions} and {SUPPORTED_VERSIONS} have none in common")
+        theirs, ours = _listed(hello.versions), _listed(SUPPORTED_VERSIONS)
+        raise PeerRefusedError(
+            f"{hello.node[:MAX_NAME_CHARS]} speaks protocol {theirs}, this node {ours}, and one must be common; replace the "
+            "older of the two by a version in between first"
+        )
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
         raise PeerRefusedError("HELLO names no session or no node")
     if len(hello.epoch) > MAX_EPOCH_CHARS:
@@ -89,3 +95,7 @@ def _check_fresh(hello: Hello, now_s: float, monotonic_s: float, skew_s: float, 
         raise PeerRefusedError(f"HELLO is {now_s - hello.time_s:+.0f} s off this clock; do both machines run NTP?")
     if refusal := nonces.refusal(hello.nonce, hello.time_s, monotonic_s):
         raise PeerRefusedError(f"this HELLO {refusal}")
+
+
+def _listed(versions: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(versions[:SHOWN_VERSIONS]))) or "of no version"
