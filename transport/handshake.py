@@ -63,8 +63,8 @@ def check_hello(
     if not set(hello.versions) & set(SUPPORTED_VERSIONS):
         theirs, ours = _listed(hello.versions), _listed(SUPPORTED_VERSIONS)
         raise PeerRefusedError(
-            f"{hello.node[:MAX_NAME_CHARS]} speaks protocol {theirs}, this node {ours}, and one must be common; replace the "
-            "older of the two by a version in between first"
+            f"{hello.node[:MAX_NAME_CHARS]} speaks protocol {theirs}, this node {ours}, and one must be common; "
+            "replace the older of the two by a version in between first"
         )
     if not _SESSION.fullmatch(hello.session) or not 1 <= len(hello.node) <= MAX_NAME_CHARS:
         raise PeerRefusedError("HELLO names no session or no node")
