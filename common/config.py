@@ -134,7 +134,8 @@ class RouterConfig:
     bind: str = setting("127.0.0.1:8000", "where the OpenAI API listens", _address)
     api_keys: tuple[str, ...] = setting((), "keys that clients must present; none = open (loopback only)")
     api_keys_file: str = setting(
-        "", "a file with one API key a line; behind it name=, requests_per_min=, tokens_per_min="
+        "",
+        "a file with one API key a line; behind it name=, requests_per_min=, tokens_per_min=, first_priority=",
     )
     model_path: str = setting("", "directory with the tokenizer and chat template; `bytes` = the emulated engine's")
     served_model: str = setting("", "the model's name for clients; empty = as the nodes report it")

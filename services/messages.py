@@ -16,11 +16,14 @@ line with the whole response object. A failure: `event: error` with an ErrorBody
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from prfaas.common.prefixcache.events import EventBatch
 from prfaas.transport.api import LinkEstimate
+
+FIRST_PRIORITY, LAST_PRIORITY = -100, 100
+Priority = Annotated[int, msgspec.Meta(ge=FIRST_PRIORITY, le=LAST_PRIORITY)]
 
 
 class KvAddressMessage(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -294,7 +297,7 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_s: float | None = None
     traceparent: str = ""
     """W3C Trace Context of the router's span; "": it traces nothing."""
-    priority: int = 0
+    priority: Priority = 0
     """As the client's: lower is sooner."""
 
 
@@ -330,7 +333,7 @@ class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
     tenant: str = ""
     fetch: FetchFrom | None = None
     traceparent: str = ""
-    priority: int = 0
+    priority: Priority = 0
 
 
 class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):

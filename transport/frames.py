@@ -349,7 +349,11 @@ def parse_header(data: Buffer) -> FrameHeader:
     if header.magic != MAGIC:
         raise ProtocolError(f"not a PrfaaS frame: it starts with {bytes(data[:4])!r}")
     if header.version not in SUPPORTED_VERSIONS:
-        raise ProtocolError(f"frame version {header.version}; this side speaks {SUPPORTED_VERSIONS}")
+        speaks = ", ".join(map(str, SUPPORTED_VERSIONS))
+        raise ProtocolError(
+            f"frame version {header.version}, and this side speaks {speaks}; replace the older of the two by a "
+            "version in between first"
+        )
     if xxhash.xxh3_64_intdigest(data[:_CHECKED_BYTES]) != header.header_check:
         raise ProtocolError(f"a frame's header was damaged on its way (its type reads {header.type})")
     if header.type == CHUNK:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 from prfaas.common.errors import RequestError, UnsupportedError
-from prfaas.services.messages import SamplingMessage
+from prfaas.services.messages import FIRST_PRIORITY, LAST_PRIORITY, SamplingMessage
 
 # A request is checked against its stops at every token, and its messages are rendered by a template: bounds on both.
 MAX_STOPS = 16
@@ -24,8 +24,6 @@ MAX_TEXT_PARTS = 1024
 MAX_SALT_CHARS = 256
 MAX_TOKENS = 1 << 24
 """Of any count of tokens; far above every model, far below what arithmetic would mind."""
-
-FIRST_PRIORITY, LAST_PRIORITY = -100, 100
 
 Kind = Literal["chat", "completion"]
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prfaas.common.errors import ConfigError, QuotaError, RequestError
-from prfaas.services.router.openai import FIRST_PRIORITY, LAST_PRIORITY
+from prfaas.services.messages import FIRST_PRIORITY, LAST_PRIORITY
 
 MINUTE_S = 60.0
 NUMBERS = ("requests_per_min", "tokens_per_min")

@@ -133,7 +133,7 @@ class DecodeJob:
         async def layer_computed(layer: int, start: int, stop: int) -> None:
             self.prefill_remaining = end - stop
 
-        self._regions.append(await machine.memory.allocate(size))
+        self._regions.append(await machine.memory.allocate(size, self._rank_s))
         async with machine.prefill_slots.held(self._rank_s):
             started_s = time.monotonic()
             await machine.compute(self._held, end, layer_computed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -93,12 +95,13 @@ class Machine:
 
 
 class Memory:
-    """The arena, and who waits for room in it: first come first served."""
+    """The arena, and who waits for room in it: the least rank first, and nobody past it."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
+        self._waiting: list[tuple[float, int]] = []
+        self._arrivals = itertools.count()
+        self._changed = asyncio.Event()
 
     @property
     def total_bytes(self) -> int:
@@ -111,14 +114,19 @@ class Memory:
     def allocate_now(self, size_bytes: int) -> Region | None:
         return self._arena.allocate(size_bytes)
 
-    async def allocate(self, size_bytes: int) -> Region:
+    async def allocate(self, size_bytes: int, rank: float) -> Region:
         """Wait for room. The size must be one that fits an empty arena."""
-        async with self._turn:
-            while (region := self._arena.allocate(size_bytes)) is None:
-                self._freed.clear()
-                await self._freed.wait()
+        mine = (rank, next(self._arrivals))
+        bisect.insort(self._waiting, mine)
+        try:
+            while self._waiting[0] != mine or (region := self._arena.allocate(size_bytes)) is None:
+                self._changed.clear()
+                await self._changed.wait()
             return region
+        finally:
+            self._waiting.remove(mine)
+            self._changed.set()
 
     def free(self, region: Region) -> None:
         region.free()
-        self._freed.set()
+        self._changed.set()

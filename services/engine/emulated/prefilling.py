@@ -88,7 +88,7 @@ class PrefillJob:
             await machine.open_slots.acquire(self._rank_s)
             self._holds_slot = True
             for size in sizes:
-                self._regions.append(await machine.memory.allocate(size))
+                self._regions.append(await machine.memory.allocate(size, self._rank_s))
             try:
                 while unopened:
                     await unopened[0].open(self._remaining_s())

@@ -135,9 +135,13 @@ class SlipstreamBatch:
         return bool(self.running) or bool(self._eligible())
 
     def _eligible(self) -> list[DecodeRow]:
-        """Joiners of which something has arrived, as many as there is room for, by rank."""
-        started = [row for row in self.joining if row.missing_layers < row.layer_count]
-        return started[: max(0, self._max_batch - len(self.running))]
+        """Joiners of which something has arrived, as many as there is room for: those that have begun keep their place,
+        whoever comes, then by rank."""
+        arriving = [row for row in self.joining if row.missing_layers < row.layer_count]
+        places = max(0, self._max_batch - len(self.running))
+        if len(arriving) > places:
+            arriving.sort(key=lambda row: not row.next_layer)
+        return arriving[:places]
 
     @property
     def has_to_copy(self) -> bool:

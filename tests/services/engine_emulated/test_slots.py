@@ -4,8 +4,11 @@ import asyncio
 
 from hypothesis import given
 from hypothesis import strategies as st
+from prfaas.common.config import MIB
 from prfaas.services.engine.api import rank_s
+from prfaas.services.engine.emulated.machine import Memory
 from prfaas.services.engine.emulated.slots import Slots
+from prfaas.transport.arena import Arena
 
 
 async def served(slots: Slots, ranks: list[float]) -> list[int]:
@@ -54,3 +57,28 @@ def test_nobody_is_overtaken_by_who_comes_much_later() -> None:
     assert rank_s(109.9, 0, 10.0) < waiting < rank_s(110.1, 0, 10.0)
     assert rank_s(129.9, -2, 10.0) < waiting < rank_s(130.1, -2, 10.0)
     assert rank_s(100.0, 50, 0.0) == 100.0
+
+
+async def test_memory_goes_to_the_least_rank_and_nobody_past_it() -> None:
+    """A small request doesn't starve a large one that waits before it; who came later with a lesser rank goes first; and
+    one that has given up is in nobody's way."""
+    memory = Memory(Arena(MIB))
+    held = memory.allocate_now(MIB)
+    assert held is not None
+    got: list[str] = []
+
+    async def ask(name: str, size_bytes: int, rank: float) -> None:
+        region = await memory.allocate(size_bytes, rank)
+        got.append(name)
+        await asyncio.sleep(0)
+        memory.free(region)
+
+    asked = [("large", MIB, 1.0), ("small", MIB // 2, 2.0), ("first", MIB, 0.0), ("gone", MIB, -1.0)]
+    tasks = [asyncio.create_task(ask(*each)) for each in asked]
+    await asyncio.sleep(0)
+    tasks.pop().cancel()
+    memory.free(held)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*tasks)
+    assert got == ["first", "large", "small"]
+    assert memory.free_bytes == MIB

@@ -15,7 +15,8 @@ def row(rank_s: float) -> DecodeRow:
 
 
 def test_places_go_by_rank_and_running_rows_keep_theirs() -> None:
-    """Two places, one of them taken: of those that wait the one with the least rank may join, whoever came first."""
+    """Two places, one of them taken: of those that wait the one with the least rank may join, whoever came first;
+    one that has begun is not interrupted."""
     batch = SlipstreamBatch(cast(Any, None), 2)
     late, soon, same_as_soon = row(9.0), row(1.0), row(1.0)
     batch.running.append(row(99.0))
@@ -23,4 +24,6 @@ def test_places_go_by_rank_and_running_rows_keep_theirs() -> None:
         batch.join(each)
     assert batch.joining == [soon, same_as_soon, late]
     assert batch._eligible() == [soon]
+    late.next_layer = 1  # has begun
+    assert batch._eligible() == [late]
     assert len(batch.running) == 1
