@@ -60,8 +60,8 @@ def test_nobody_is_overtaken_by_who_comes_much_later() -> None:
 
 
 async def test_memory_goes_to_the_least_rank_and_nobody_past_it() -> None:
-    """A small request doesn't starve a large one that waits before it; who came later with a lesser rank goes first; and
-    one that has given up is in nobody's way."""
+    """A small request doesn't starve a large one that waits before it; a lesser rank goes first, whenever it came; who
+    has given up is in nobody's way."""
     memory = Memory(Arena(MIB))
     held = memory.allocate_now(MIB)
     assert held is not None
