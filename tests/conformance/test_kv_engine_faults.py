@@ -184,7 +184,7 @@ async def test_a_request_whose_time_runs_out_fails_on_both_sides(
     """`remaining_s` travels in OPEN; the receiver ends the transfer, so memory is freed even if prefill is stuck."""
     async with pair(faulty, dense()) as p, undisturbed(p, faults):
         transfer = p.offer(spec_of(p.layout))
-        await transfer.sender.open(remaining_s=0.2)
+        await transfer.sender.open(remaining_s=1.0)
         transfer.sender.put(transfer.pieces(0))
         async with asyncio.timeout(SOON_S):
             with pytest.raises(TransferCancelledError, match="time ran out"):
@@ -201,11 +201,11 @@ async def test_each_open_says_the_remaining_time_anew(backend: MakeBackend) -> N
     async with pair(backend, dense()) as p:
         await p.send()  # the lanes are up: the time is for OPEN
         transfer = p.offer(spec_of(p.layout), room=False)
-        with pytest.raises(TransferError):
-            await transfer.sender.open(remaining_s=0.1)
+        with pytest.raises(NoRoomError):
+            await transfer.sender.open(remaining_s=1.0)
         transfer.room = True
         await transfer.sender.open(remaining_s=60.0)
-        await asyncio.sleep(0.15)  # the first deadline passes
+        await asyncio.sleep(1.0)  # the first deadline passes
         transfer.put_all()
         await transfer.complete()
 

@@ -76,7 +76,7 @@ async def test_a_transfer_whose_time_has_run_out_ends_on_both_sides(backend: Mak
     async with pair(backend, dense(), resume_s=3600.0) as p:
         await p.send()
         transfer = p.offer(spec_of(p.layout), seed=1)
-        await transfer.sender.open(remaining_s=0.2)
+        await transfer.sender.open(remaining_s=1.0)
         transfer.sender.put(transfer.pieces(0))
         await transfer.until_layer(0)
         if not lanes_up:

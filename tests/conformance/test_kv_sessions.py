@@ -318,16 +318,23 @@ class Acceptor:
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[KvAddress]:
+        ended = False
         async with contextlib.AsyncExitStack() as stack:
 
             async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                if ended:  # the other side dials again until it is closed, which is later
+                    writer.close()
+                    return
                 lane = RawLane(reader, writer)
                 stack.push_async_callback(lane.aclose)
                 self._lanes.put_nowait(lane)
 
             server = await asyncio.start_server(accepted, "127.0.0.1", 0)
             stack.callback(server.close)
-            yield KvAddress(*server.sockets[0].getsockname()[:2])
+            try:
+                yield KvAddress(*server.sockets[0].getsockname()[:2])
+            finally:
+                ended = True
 
     async def hello(self) -> tuple[RawLane, Hello]:
         async with asyncio.timeout(SOON_S):

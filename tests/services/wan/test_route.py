@@ -18,7 +18,7 @@ import pytest
 
 from tests.wan_link import Host, missing
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [pytest.mark.deploy, pytest.mark.netns, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 DELAY_MS = 25
 FIRST, SECOND = "10.89.1", "10.89.2"
