@@ -13,13 +13,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-deploy test-compose check bench reference model install clean
+.PHONY: help demo test test-deploy test-compose test-vllm vllm-env check bench reference model install clean
 
 help:
 	@echo "make demo    a real model answers across two regions, on this machine"
 	@echo "make test    the tests (fetches the model once)"
 	@echo "make test-deploy   the tests of console, alerts, installation and rollout (Chromium, Prometheus, sshd)"
 	@echo "make test-compose  the compose demo, brought up by Docker"
+	@echo "make vllm-env    .venv-vllm: vLLM with this package beside it (2.5 GB)"
+	@echo "make test-vllm   the tests with a real vLLM, in .venv-vllm"
 	@echo "make check   lint, types, import rules"
 	@echo "make reference   docs/settings.md and docs/metrics.md, from the code"
 	@echo "make bench   figures: one KV lane against bare sockets"
@@ -31,7 +33,7 @@ demo: $(STAMP)
 
 # A file's tests stay in one process and in their order.
 test: model
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not deploy and not compose" $(ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not deploy and not compose and not vllm" $(ARGS)
 
 # What an operator runs around the services: console, alerts, installation, rollout. Each needs something of the machine.
 test-deploy: $(STAMP)
@@ -42,6 +44,12 @@ test-compose: $(STAMP)
 	@if docker info >/dev/null 2>&1; then $(BIN)/pytest -m compose tests/compose $(ARGS); else \
 	  engine=$$(tests/compose/engine.sh start) && eval "$$engine" && trap 'tests/compose/engine.sh stop' EXIT && \
 	  $(BIN)/pytest -m compose tests/compose $(ARGS); fi
+
+vllm-env: $(STAMP)
+	@$(BIN)/python .ci/vllm_env.py
+
+test-vllm: vllm-env model
+	@.venv-vllm/bin/pytest -m vllm tests/vllm $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -75,5 +83,5 @@ $(UCX_STAMP): .ci/ucx.txt $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

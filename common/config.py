@@ -341,7 +341,7 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    kind: Literal["transformers", "emulated"] = setting("transformers", "which engine computes")
+    kind: Literal["transformers", "vllm", "emulated"] = setting("transformers", "which engine computes")
     model: str = setting("", "Hugging Face id or directory; `smollm2` = the demo's model")
     served_model: str = setting("", "the model's name for clients; empty = the directory's or id's name")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "dtype of weights and KV")
@@ -390,6 +390,28 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """With engine.kind = "vllm"; docs/vllm.md tells how the two go together."""
+
+    url: str = setting(
+        "", "the OpenAI server of a vLLM that runs already; empty = the node starts one", _optional(_url)
+    )
+    control: str = setting(
+        "", "folder of the sockets to its connector (kv_connector_extra_config.control); empty = the node makes one"
+    )
+    arguments: str = setting("", "further arguments of the `vllm serve` that the node starts, as in a shell")
+    start_s: float = setting(900.0, "longest that vLLM may take to load the model", Between(1, 86400))
+    stall_s: float = setting(
+        0.075,
+        "how much a decode step may be held up by layers of a joining request that are still on their way",
+        Between(0, 60),
+    )
+    layer_wait_s: float = setting(
+        2.0, "a joining request whose next layer is later than this fails, and the batch goes on", Between(0.01, 600)
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -400,6 +422,7 @@ class Config:
     tls: TlsConfig = field(default_factory=TlsConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 SECRET_KEYS = frozenset({"cluster.secret", "router.api_keys"})

@@ -28,6 +28,7 @@ SECTIONS = {
     "transport": "KV lanes: [PROTOCOL.md](../transport/PROTOCOL.md), [performance.md](performance.md).",
     "tls": "Between services and on KV lanes.",
     "engine": "",
+    "vllm": 'With `engine.kind = "vllm"`: [vllm.md](vllm.md).',
 }
 
 

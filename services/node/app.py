@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 from prfaas.common import log
-from prfaas.common.config import Config, EngineConfig, parse_address
+from prfaas.common.config import Config, EngineConfig, VllmConfig, parse_address
 from prfaas.common.errors import ConfigError, UnavailableError
 from prfaas.common.metrics import Metrics
 from prfaas.common.prefixcache.sizes import CacheSizes
@@ -354,8 +354,12 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     await node.close()
 
 
-def make_engine(config: EngineConfig) -> Engine:
+def make_engine(config: EngineConfig, vllm: VllmConfig | None = None) -> Engine:
     """Imports the engine's own world (torch) only when it is the one."""
+    if config.kind == "vllm":
+        from prfaas.services.vllm.engine import VllmEngine
+
+        return VllmEngine(config, vllm or VllmConfig())
     if config.kind == "emulated":
         from prfaas.services.engine.emulated.engine import EmulatedEngine
 
@@ -411,7 +415,7 @@ def _url(host: str, port: int, advertise: str, tls: Tls | None) -> str:
 
 async def run(config: Config, role: str) -> None:
     """Until SIGTERM (drains first) or SIGINT (at once)."""
-    async with running_node(config, role, make_engine(config.engine)) as node:
+    async with running_node(config, role, make_engine(config.engine, config.vllm)) as node:
         if await services_web.stop_signal() is signal.SIGTERM:
             await node.drain(config.node.drain_s)
     _log.info("node has left", node=node.name)

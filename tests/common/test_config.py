@@ -42,7 +42,7 @@ def test_all_mistakes_are_reported_at_once():
         "'nodes' must be a [section]; did you mean 'node'?",
         "router.bind = 'nowhere' (environment PRFAAS_ROUTER_BIND): must look like host:port",
         "unknown variable PRFAAS_TYPO",
-        "engine.kind = 'gpu' (flag --engine-kind): must be one of transformers, emulated",
+        "engine.kind = 'gpu' (flag --engine-kind): must be one of transformers, vllm, emulated",
     ):
         assert expected in text
 

@@ -20,9 +20,9 @@ from prfaas.services.engine.api import (
     PrefillRequest,
 )
 from prfaas.services.engine.measured_profile import MeasuredProfile
+from prfaas.services.engine.prefill_line import PrefillLine
 from prfaas.services.engine.prefix_store import PrefixStore
 from prfaas.services.engine.transformers import loader
-from prfaas.services.engine.transformers.line import PrefillLine
 from prfaas.services.engine.transformers.requests import DecodeLife, Desk, PrefillLife
 from prfaas.services.engine.transformers.stepper import Stepper
 from prfaas.transport.api import KvReceiver, KvSender

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ import torch
 from huggingface_hub import snapshot_download
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import ConfigError, ModelRefusedError
-from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout, model_fingerprint
+from prfaas.common.kv_layout import KvLayout, LayerLayout, TensorKind, TensorLayout
+from prfaas.services.engine.model_files import fingerprint, weight_files
 from prfaas.services.engine.tokenizer import read_eos_token_ids
 from prfaas.services.engine.transformers import attention
 from prfaas.services.engine.transformers.families import LayerwiseModel, family_of
 from prfaas.services.engine.transformers.kv_memory import LAYOUT_DTYPES, TORCH_DTYPES
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
-
-_HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +49,7 @@ def load(config: EngineConfig) -> LoadedModel:
         raise _config_error(config.model, error) from error
     family = family_of(model_config)
     directory = _directory(config.model)
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError([f"engine.model = {config.model!r}: no *.safetensors file in it"])
+    weight_files(directory)
     dtype = _dtype(config, model_config)
     transformers_logging.disable_progress_bar()  # a service's stderr is its log
     # transformers' own attention first: the layout is read off what its cache holds.
@@ -66,7 +62,7 @@ def load(config: EngineConfig) -> LoadedModel:
     causal_lm.set_attn_implementation(attention.ATTENTION_NAME)
     return LoadedModel(
         model=family(causal_lm),
-        fingerprint=model_fingerprint((path.name, _digest(path)) for path in (directory / "config.json", *weights)),
+        fingerprint=fingerprint(directory),
         layout=layout,
         max_model_tokens=_max_model_tokens(config, model_config),
         vocabulary=model_config.vocab_size,
@@ -106,14 +102,6 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     return dtype if dtype not in supported or supported[dtype]() else torch.float32
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.digest()
 
 
 def _max_model_tokens(config: EngineConfig, model_config: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prfaas.common import log
@@ -25,14 +25,15 @@ from prfaas.services.engine.api import (
     TokenEvent,
     rank_s,
 )
+from prfaas.services.engine.deadline import Deadline
+from prfaas.services.engine.event_stream import RequestEvents
 from prfaas.services.engine.measured_profile import MeasuredProfile
+from prfaas.services.engine.prefill_line import PrefillLine
 from prfaas.services.engine.prefix_store import Hold, PrefixStore, Writing
 from prfaas.services.engine.token_ids import check_token_ids
 from prfaas.services.engine.transformers import kv_memory
 from prfaas.services.engine.transformers.decode import DecodeRow
-from prfaas.services.engine.transformers.event_stream import RequestEvents
 from prfaas.services.engine.transformers.kv_memory import RequestKv, TransferDestination
-from prfaas.services.engine.transformers.line import PrefillLine
 from prfaas.services.engine.transformers.prefill import Outbox, PrefillJob
 from prfaas.services.engine.transformers.prefix_copies import HeldKv, StateStash, keep_all
 from prfaas.services.engine.transformers.stepper import Stepper
@@ -76,24 +77,6 @@ def _settle(writing: Writing | None, job: PrefillJob | None) -> None:
         writing.abandon()
 
 
-class _Deadline:
-    """Fails a request after its timeout."""
-
-    def __init__(self, timeout_s: float | None, fail: Callable[[Exception], None]) -> None:
-        error = TimeoutError(f"the request took longer than {timeout_s} s")
-        loop = asyncio.get_running_loop()
-        self._handle = None if timeout_s is None else loop.call_later(max(0.0, timeout_s), fail, error)
-        self._now = loop.time
-
-    @property
-    def remaining_s(self) -> float | None:
-        return None if self._handle is None else max(0.0, self._handle.when() - self._now())
-
-    def cancel(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-
-
 class PrefillLife:
     """A prefill for other nodes: in the line → computing (OPEN on its way or answered) → draining → done.
 
@@ -125,7 +108,7 @@ class PrefillLife:
         self._opened = False
         self.aside = False
         self.stream: RequestEvents[PrefillEvent] = RequestEvents(self._close)
-        self._deadline = _Deadline(request.timeout_s, self._fail)
+        self._deadline = Deadline(request.timeout_s, self._fail)
         self._begin()
 
     def _begin(self) -> None:
@@ -315,7 +298,7 @@ class DecodeLife:
         self.rank_s = rank_s(self._queued_s, request.priority, desk.config.priority_s)
         self.aside = False
         self.stream: RequestEvents[DecodeEvent] = RequestEvents(self._close)
-        self._deadline = _Deadline(request.timeout_s, self._fail)
+        self._deadline = Deadline(request.timeout_s, self._fail)
         self._refusal = self._problem()
         self._begin()
 

@@ -17,10 +17,10 @@ import torch
 from prfaas.common import log
 from prfaas.common.config import EngineConfig
 from prfaas.common.errors import EngineError
+from prfaas.services.engine.prefill_queue import TurnOrder
 from prfaas.services.engine.transformers.decode import DecodeRow, SlipstreamBatch, Told
 from prfaas.services.engine.transformers.families import LayerwiseModel
 from prfaas.services.engine.transformers.prefill import PrefillJob, run_step
-from prfaas.services.engine.transformers.prefill_queue import TurnOrder
 
 _log = log.get_logger("engine")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prfaas.services.engine.transformers.line import PrefillLine
+from prfaas.services.engine.prefill_line import PrefillLine
 
 
 class Item:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from prfaas.services.engine.transformers.prefill_queue import TurnOrder, turn_in_s
+from prfaas.services.engine.prefill_queue import TurnOrder, turn_in_s
 
 
 def run(left: dict[str, int], step: int, arrivals: dict[int, tuple[str, int]] | None = None) -> list[str]:

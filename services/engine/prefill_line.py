@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from typing import Protocol
 
-from prfaas.services.engine.transformers.prefill_queue import turn_in_s
+from prfaas.services.engine.prefill_queue import turn_in_s
 
 # How fast prefill runs is learnt from its steps; each counts this much.
 _SPEED_WEIGHT = 0.3

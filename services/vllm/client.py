@@ -1,0 +1,107 @@
+"""vLLM's own OpenAI server, as far as a node needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+from prfaas.common.errors import EngineError, RequestError
+
+MAX_EVENT_BYTES = 4 << 20
+DATA = b"data:"
+DONE = b"[DONE]"
+PROBE_S = 5.0
+
+
+class Choice(msgspec.Struct, frozen=True):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    message: str = ""
+    param: str | None = None
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """Of a completion's stream, or all of it."""
+
+    choices: list[Choice] = []
+    error: ErrorDetail | None = None
+    message: str = ""
+    """Where older servers put an error's text."""
+
+
+class VllmClient:
+    """`session` is the caller's to close."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self._url = url.rstrip("/")
+
+    async def healthy(self) -> bool:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+            async with asyncio.timeout(PROBE_S), self._session.get(f"{self._url}/health") as response:
+                return response.status == 200
+        return False
+
+    async def model(self) -> tuple[str, int]:
+        """The name that it serves its model under, and the longest context. Raises EngineError."""
+        try:
+            async with asyncio.timeout(PROBE_S), self._session.get(f"{self._url}/v1/models") as response:
+                served = (await response.json())["data"][0]
+                return str(served["id"]), int(served["max_model_len"])
+        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, IndexError, ValueError, TypeError) as error:
+            raise EngineError(f"{self._url}/v1/models does not answer as vLLM does: {error}") from error
+
+    async def complete(self, body: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """POST /v1/completions, streamed. Closing the iterator cancels the request in vLLM.
+
+        Raises RequestError for what vLLM finds wrong with the request, EngineError for what is wrong with vLLM."""
+        data = msgspec.json.encode({**body, "stream": True})
+        headers = {"content-type": "application/json"}
+        try:
+            async with self._session.post(f"{self._url}/v1/completions", data=data, headers=headers) as response:
+                if response.status != 200:
+                    raise _error(response.status, await response.content.read(MAX_EVENT_BYTES))
+                async for event in _events(response.content):
+                    if event == DONE:
+                        return
+                    chunk = msgspec.json.decode(event, type=Chunk)
+                    if chunk.error is not None:
+                        raise EngineError(f"vLLM ended the request: {chunk.error.message}")
+                    yield chunk
+        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+            raise EngineError(f"vLLM at {self._url} broke off: {error or type(error).__name__}") from error
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The data of each event."""
+    rest = bytearray()
+    async for part in content.iter_any():
+        rest += part
+        *lines, last = rest.split(b"\n")
+        rest = bytearray(last)
+        if len(rest) > MAX_EVENT_BYTES:
+            raise EngineError(f"vLLM sent an event of more than {MAX_EVENT_BYTES} bytes")
+        for line in lines:
+            if line.startswith(DATA):
+                yield bytes(line[len(DATA) :].strip())
+
+
+def _error(status: int, body: bytes) -> RequestError | EngineError:
+    text = body[:500].decode("utf-8", "replace")
+    param = None
+    with contextlib.suppress(msgspec.DecodeError):
+        chunk = msgspec.json.decode(body, type=Chunk)
+        text, param = chunk.message or text, None
+        if chunk.error is not None:
+            text, param = chunk.error.message or text, chunk.error.param
+    if 400 <= status < 500:
+        return RequestError(f"vLLM refuses the request: {text}", param=param)
+    return EngineError(f"vLLM answered with status {status}: {text}")
