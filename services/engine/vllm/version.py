@@ -15,7 +15,5 @@ def check_version(version: str) -> None:
     if ".".join(release.split(".")[:2]) not in SUPPORTED:
         series = ", ".join(f"{each}.x" for each in SUPPORTED)
         raise ConfigError(
-            [
-                f"vLLM {version} is not supported: this PrfaaS is tested with {series}; install one of those (make vllm-env)"
-            ]
+            [f"vLLM {version} is not supported, this PrfaaS is tested with {series}: install one (make vllm-env)"]
         )
