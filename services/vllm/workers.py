@@ -78,7 +78,11 @@ class SharedTransfer:
             self.on_saved(rank, message)
         elif isinstance(message, SaveEnded):
             self._ended += 1
-            if self._ended == self._workers.ranks and not self.save_ended.done():
+            if self.save_ended.done():
+                return
+            if message.problem:
+                self.save_ended.set_exception(EngineError(f"vLLM's KV could not be copied out: {message.problem}"))
+            elif self._ended == self._workers.ranks:
                 self.save_ended.set_result(None)
         elif isinstance(message, Loaded):
             self._loaded.append(message)
@@ -94,7 +98,8 @@ class SharedTransfer:
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
             for future in (self.save_ended, self.loaded):
-                future.cancel()
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # whoever closes has no use for it
             if self._workers.failure is None:
                 self._workers.tell(Close(self.transfer_id))
             else:

@@ -16,7 +16,9 @@ import pytest
 import pytest_asyncio
 
 from tests.e2e.conftest import Cluster, Process, free_ports
+from tests.tiny_models import add_tokenizer, make_tiny_model
 
+REPOSITORY = Path(__file__).parents[2]
 START_S = 240.0
 CORES = os.cpu_count() or 1
 MAX_MODEL_TOKENS = 4096
@@ -25,13 +27,18 @@ MAX_MODEL_TOKENS = 4096
 class VllmServer:
     """A `vllm serve` with our connector, as a user would run it."""
 
-    def __init__(self, name: str, folder: Path, model: str, core: int, arguments: list[str]) -> None:
+    def __init__(
+        self, name: str, folder: Path, model: str, core: int, arguments: list[str], connector: dict[str, str]
+    ) -> None:
+        """connector: of --kv-transfer-config, what is to differ."""
+        from prfaas.services.vllm.process import transfer_config
+
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.control = str(folder / f"{name}-control")
-        from prfaas.services.vllm.process import transfer_config
-
+        config = json.dumps(json.loads(transfer_config(self.control)) | connector)
         environment = {
+            "PYTHONPATH": str(REPOSITORY),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_CPU_OMP_THREADS_BIND": str(core % CORES),
@@ -41,7 +48,7 @@ class VllmServer:
             *("env", *(f"{key}={value}" for key, value in environment.items())),
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"),
-            *("--max-model-len", str(MAX_MODEL_TOKENS), "--kv-transfer-config", transfer_config(self.control)),
+            *("--max-model-len", str(MAX_MODEL_TOKENS), "--kv-transfer-config", config),
             *arguments,
         ]
         self.process = Process(f"vllm-{name}", command, self.url, folder / f"vllm-{name}.log", own=True)
@@ -82,12 +89,20 @@ class VllmCluster(Cluster):
         self.model = model
         self.servers: dict[str, VllmServer] = {}
 
-    async def start_vllm(self, arguments: list[str], rate_mbit: float = 1000, delay_ms: float = 5) -> None:
-        """Two vLLMs that run already, and nodes that are told of them."""
+    async def start_vllm(self, arguments: list[str], prefill_connector: dict[str, str] | None = None) -> None:
+        """Two vLLMs, and nodes beside them."""
         for core, role in enumerate(("prefill", "decode")):
-            server = self.servers[role] = VllmServer(role, self.folder, self.model, core, arguments)
+            connector = (prefill_connector or {}) if role == "prefill" else {}
+            server = VllmServer(role, self.folder, self.model, core, arguments, connector)
+            self.servers[role] = server
             self.processes[f"vllm-{role}"] = server.process
         await asyncio.gather(*(server.ready(self.session) for server in self.servers.values()))
+        await self.start_nodes()
+
+    async def start_nodes(
+        self, decode: list[str] | None = None, rate_mbit: float = 1000, delay_ms: float = 5
+    ) -> None:
+        """Router, WAN and a node for each role; `decode`: further flags of the decode node."""
         of = {role: ["--vllm-url", s.url, "--vllm-control", s.control] for role, s in self.servers.items()}
         await self.start(
             ["--engine", "vllm", "--model", self.model, "--engine-arena-bytes", "512M"],
@@ -95,8 +110,13 @@ class VllmCluster(Cluster):
             rate_mbit=rate_mbit,
             delay_ms=delay_ms,
             prefill=of["prefill"],
-            decode=of["decode"],
+            decode=[*of["decode"], *(decode or [])],
         )
+
+    def stop_nodes(self) -> None:
+        """All but the vLLMs."""
+        for name in [name for name in self.processes if not name.startswith("vllm-")]:
+            self.processes.pop(name).kill()
 
     async def offloaded(self, prompt: list[int], tokens: int, **fields: Any) -> dict[str, Any]:
         """A completion whose KV comes from the prefill node."""
@@ -111,13 +131,17 @@ class VllmCluster(Cluster):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm_cluster(request: pytest.FixtureRequest, tmp_path_factory: Any) -> AsyncIterator[VllmCluster]:
-    """Not started. Indirect parameter: the model's directory; by default the real one."""
-    model = getattr(request, "param", None) or str(request.getfixturevalue("smollm2_dir"))
-    # A short path: control sockets have at most 107 bytes.
+    """Not started. Indirect parameter: a tiny model's type; by default it is the real one."""
     folder = tmp_path_factory.mktemp("v")
+    if model_type := getattr(request, "param", None):
+        model = folder / f"tiny-{model_type}"
+        make_tiny_model(model_type, model)
+        add_tokenizer(model)
+    else:
+        model = request.getfixturevalue("smollm2_dir")
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        made = VllmCluster(folder, session, model)
+        made = VllmCluster(folder, session, str(model))
         try:
             yield made
         finally:

@@ -113,7 +113,7 @@ class PrfaasConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         )
         modules = config.compilation_config.static_forward_context
         caches = {
-            name: _states(kv_caches[name]) if part.is_state else self._paged(part, modules[name], kv_caches[name])
+            name: _states(modules[name]) if part.is_state else self._paged(part, modules[name], kv_caches[name])
             for name, part in kv.parts.items()
         }
         block_tokens = config.cache_config.block_size
@@ -180,6 +180,11 @@ def _check_settings(config: VllmConfig, control: str) -> None:
         problems.append("--decode-context-parallel-size must be 1 with PrfaasConnector")
     if config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         problems.append(f"--kv-cache-dtype {config.cache_config.cache_dtype} (quantized KV) can't be sent yet")
+    if config.model_config.is_hybrid and config.cache_config.mamba_cache_mode != "none":
+        problems.append(
+            "prefix caching of a model with recurrent state doesn't go with PrfaasConnector yet: "
+            "start vLLM with --no-enable-prefix-caching"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -190,5 +195,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return LAYOUT_DTYPES[dtype]
 
 
-def _states(cache: Any) -> list[StateTensor]:
-    return [StateTensor(each) for each in (cache if isinstance(cache, list | tuple) else [cache])]
+def _states(module: Any) -> list[StateTensor]:
+    """The module has cut its pages into states, in the order of its spec."""
+    return [StateTensor(each) for each in module.kv_cache]

@@ -93,9 +93,10 @@ class Saved(msgspec.Struct, frozen=True, tag=True):
 
 
 class SaveEnded(msgspec.Struct, frozen=True, tag=True):
-    """The last token of the range has been computed, and everything Saved."""
+    """The last token of the range has been computed, and everything Saved; or (problem) no more will be."""
 
     transfer_id: str
+    problem: str = ""
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

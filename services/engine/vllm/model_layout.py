@@ -73,6 +73,8 @@ def model_kv(
     for group, (spec, names) in enumerate(groups):
         for name in names:
             index = layer_index(name)
+            if index >= layers and hasattr(spec, "shapes"):
+                index -= layers  # Falcon-H1's mixers are numbered on from the attention modules beside them
             if index >= layers:
                 raise ConfigError([f"vLLM's layer {name} is none of the model's {layers} (a draft model's?)"])
             parts[index].append((name, group, getattr(spec, "kv_cache_specs", {}).get(name, spec)))

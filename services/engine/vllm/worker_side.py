@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from prfaas.common import log
 from prfaas.common.kv_layout import Extent
 from prfaas.services.engine.vllm.control import Loaded, Saved, SaveEnded, ToNode
 from prfaas.services.engine.vllm.model_layout import ModelKv, Part
@@ -19,7 +20,11 @@ from prfaas.services.engine.vllm.paged_kv import PagedTensor, StateTensor
 from prfaas.services.engine.vllm.shared_kv import TransferMemory
 from prfaas.services.engine.vllm.steps import LoadStep, SaveStep, Step
 
+MAX_PROBLEM = 500
 UNKNOWN = "our node does not know this transfer (any more)"
+
+
+_log = log.get_logger("vllm-connector")
 
 
 class Transfers(Protocol):
@@ -98,13 +103,18 @@ class WorkerSide:
             for part in self._states:
                 self._save(saving, part)
             transfer = self._transfers.find(saving.transfer_id)
-            if transfer is not None and saving.computed_tokens >= transfer.plan.tokens.end:
+            if transfer is not None and not transfer.failed and saving.computed_tokens >= transfer.plan.tokens.end:
                 self._transfers.send(SaveEnded(saving.transfer_id))
         self._saving = []
         for loading in self._loading:
             used_s = [at_s for _, at_s in sorted(loading.used_s.items())]
             self._transfers.send(Loaded(loading.step.transfer_id, used_s, loading.problem))
         self._loading = []
+
+    @property
+    def saves(self) -> bool:
+        """This step computes KV that leaves."""
+        return bool(self._saving)
 
     def take_bad_blocks(self) -> set[int]:
         """Of loads that have failed since the last call, where a model has one block table."""
@@ -119,9 +129,13 @@ class WorkerSide:
             return
         with transfer.lock:
             problem = transfer.wait(part.layer, loading.until_s)
-            if not problem:
-                for number, cache in zip(part.tensors, self._caches[part.name], strict=True):
-                    self._install(transfer, step, part, number, cache)
+            try:
+                if not problem:
+                    for number, cache in zip(part.tensors, self._caches[part.name], strict=True):
+                        self._install(transfer, step, part, number, cache)
+            except Exception as error:  # raised into vLLM it would end the engine, and every other request with it
+                _log.exception("KV could not be copied in", layer=part.name, transfer_id=transfer.transfer_id)
+                problem = f"{part.name}: {error}"
         if problem:
             self._fail(loading, problem)
         loading.used_s.setdefault(part.layer, time.monotonic())
@@ -148,12 +162,18 @@ class WorkerSide:
         if part.is_state and not last:
             return
         with transfer.lock:
-            if transfer.closed:
+            if transfer.closed or transfer.failed:
                 return
-            saved = [
-                self._copy_out(transfer, saving, part, number, cache)
-                for number, cache in zip(part.tensors, self._caches[part.name], strict=True)
-            ]
+            try:
+                saved = [
+                    self._copy_out(transfer, saving, part, number, cache)
+                    for number, cache in zip(part.tensors, self._caches[part.name], strict=True)
+                ]
+            except Exception as error:  # as in _load
+                _log.exception("KV could not be copied out", layer=part.name, transfer_id=transfer.transfer_id)
+                transfer.failed = f"{part.name}: {error}"
+                self._transfers.send(SaveEnded(transfer.transfer_id, transfer.failed[:MAX_PROBLEM]))
+                return
         self._tell(transfer, part, saved)
 
     def _copy_out(
@@ -195,7 +215,7 @@ class WorkerSide:
         return self._model.rank if data.dim() > len(cache.shape) else slice(None)
 
     def _fail(self, loading: _Loading, problem: str) -> None:
-        loading.problem = problem
+        loading.problem = problem[:MAX_PROBLEM]
         blocks = loading.step.blocks
         if len(blocks) == 1:
             self._bad_blocks.update(blocks[0])
