@@ -111,6 +111,8 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """By that router's bid of this instant of its clock."""
     nodes_counted: int = 0
     """The most nodes that a router says there are."""
+    forwards: bool = False
+    """As a decode node it takes clients' bodies as they are: its engine has an OpenAI server of its own."""
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -299,6 +301,9 @@ class DecodeCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """W3C Trace Context of the router's span; "": it traces nothing."""
     priority: Priority = 0
     """As the client's: lower is sooner."""
+    forward: dict[str, Any] | None = None
+    """The client's own body, for a node that forwards: its engine renders the prompt and writes the response.
+    prompt_token_ids are then the router's guess."""
 
 
 class TicketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -309,6 +314,8 @@ class TicketEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     token_start: int
     """Tokens before it are in the decode node's own pool, and pinned from now on."""
     token_end: int
+    prompt_token_ids: list[int] = []
+    """Of a forwarded request, where the engine renders another prompt than the call had; prefill is to compute this."""
 
 
 class FetchFrom(msgspec.Struct, frozen=True, omit_defaults=True):

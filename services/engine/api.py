@@ -10,9 +10,9 @@ All instants are `time.monotonic()` seconds of the node's machine.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.perfmodel.profiles import NodeProfile
@@ -175,6 +175,36 @@ class DecodeDone:
 DecodeEvent = DecodeTimeline | TokenEvent | DecodeDone
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardedChunk:
+    """A piece of the response as the engine's own server writes it. data: one JSON object, for the client. token_ids:
+    of the output in it."""
+
+    data: bytes
+    token_ids: list[int]
+    at_s: float
+    last: bool = False
+    """Of a stream: the last but [DONE]. Of a response that isn't streamed: all of it."""
+
+
+ForwardedEvent = DecodeTimeline | ForwardedChunk
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """body: the client's, for /v1/chat/completions (kind chat) or /v1/completions. prompt_token_ids: what `prompt` has
+    said of it."""
+
+    request_id: str
+    kind: Literal["chat", "completion"]
+    body: Mapping[str, Any]
+    prompt_token_ids: Sequence[int]
+    max_output_tokens: int
+    timeout_s: float | None = None
+    tenant: str = ""
+    priority: int = 0
+
+
 E_co = TypeVar("E_co", covariant=True)
 
 
@@ -186,6 +216,19 @@ class EventStream(Protocol[E_co]):
     async def __anext__(self) -> E_co: ...
 
     async def aclose(self) -> None: ...
+
+
+class Forwarding(Protocol):
+    """Of an engine that has an OpenAI server of its own, which knows more than ours: tools, structured output,
+    reasoning, adapters."""
+
+    async def prompt(self, kind: Literal["chat", "completion"], body: Mapping[str, Any]) -> list[int]:
+        """The token ids that the engine makes of the body. Raises RequestError, EngineError."""
+        ...
+
+    def forward(self, request: ForwardRequest, transfers: Sequence[KvReceiver]) -> EventStream[ForwardedEvent]:
+        """As `Engine.decode`; the response comes as the engine writes it."""
+        ...
 
 
 class Engine(Protocol):
@@ -214,6 +257,11 @@ class Engine(Protocol):
     @property
     def prefixes(self) -> PrefixStore | None:
         """The KV of prefixes that it keeps; None: none. Valid after `start`; `close` closes it."""
+        ...
+
+    @property
+    def forwarding(self) -> Forwarding | None:
+        """None: clients' bodies are answered from token ids. Valid after `start`."""
         ...
 
     @property

@@ -47,8 +47,9 @@ class Tokenizer(Protocol):
         """Special tokens are skipped; bytes that are not UTF-8 become U+FFFD."""
         ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The chat template's text, generation prompt included. `content` is a string by now.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The chat template's text, generation prompt included. `content` is a string by now. variables: further ones
+        of the template (`tools`, or what a model's own template knows).
 
         Raises RequestError (param="messages") when the template refuses the messages, or the model has no template.
         """
@@ -93,8 +94,8 @@ class FileTokenizer:
         text: str = self._backend.decode(ids if isinstance(ids, list) else list(ids), skip_special_tokens=True)
         return text
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return self._chat_template.render(messages)
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        return self._chat_template.render(messages, **variables)
 
 
 class ByteTokenizer:
@@ -110,7 +111,7 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         return "".join(f"{m.get('role', '')}: {m.get('content') or ''}\n" for m in messages) + "assistant: "
 
 
@@ -131,17 +132,12 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError([f"the chat template's line {error.lineno} is not jinja: {error.message}"]) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         if self._template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
         try:
-            return self._template.render(
-                messages=[dict(m) for m in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._special_tokens,
-            )
+            known = {"tools": None, "documents": None, "add_generation_prompt": True} | self._special_tokens
+            return self._template.render(known | variables | {"messages": [dict(m) for m in messages]})
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"

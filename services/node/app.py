@@ -294,6 +294,7 @@ class Node:
             planner_holder=self.roles.grant.to(now_s),
             planner_bid_s=self.roles.grant.bid_s,
             nodes_counted=self._nodes.most(now_s),
+            forwards=self.engine.forwarding is not None,
         )
         if self._pool is None or self.leaving:
             return heartbeat

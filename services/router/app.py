@@ -189,7 +189,7 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
     try:
         api_key = router.authenticate(http)
         wishes = read_wishes(http.headers)
-        request = await router.prompts.parse(kind, await read_body(http))
+        request = await router.prompts.parse(kind, await read_body(http), router.registry.forwards)
         router.check_model(request.model)
         router.quotas.check_priority(api_key, request.priority)
         prompt = await router.prompts.tokenize(request)
@@ -245,7 +245,7 @@ async def tokenize(http: web.Request) -> web.Response:
     router.authenticate(http)
     body = await read_body(http)
     kind: Kind = "chat" if b'"messages"' in body else "completion"
-    request = await router.prompts.parse(kind, body)
+    request = await router.prompts.parse(kind, body, router.registry.forwards)
     router.check_model(request.model)
     prompt = await router.prompts.tokenize(request)
     return json_response(

@@ -276,7 +276,7 @@ class Dispatcher:
                     self.registry.unreachable(error.node, self.now_s())
                 if progress.finished and progress.response is not None:
                     return await self._close_finished(job, progress, progress.response, error)
-                if not self._may_repeat(attempt, progress, error):
+                if not self._may_repeat(job, attempt, progress, error):
                     raise
                 self._note_fallback(progress, error)
                 lost = error
@@ -376,12 +376,14 @@ class Dispatcher:
             wishes.route,
         )
 
-    def _may_repeat(self, attempt: Attempt, progress: Progress, error: NodeCallError) -> bool:
+    def _may_repeat(self, job: Job, attempt: Attempt, progress: Progress, error: NodeCallError) -> bool:
         """Prefill's failures, and the decode node's with prefill elsewhere: once more, prefilled locally. A node that
         is gone or refuses, but a prefill node that is gone: once more on another one. A mistake of the client's is
         everywhere the same."""
         if error.is_clients_fault and error.node is attempt.decode:
             return False
+        if job.request.forward is not None and progress.response is not None:
+            return False  # only the engine that wrote its beginning knows how this response goes on
         if error.node is attempt.prefill:
             if isinstance(error, NodeRefusedError) and not error.is_clients_fault and not progress.prefill_refused:
                 # It drains, to leave or to take another role, and nothing is lost yet.
@@ -439,7 +441,7 @@ class Dispatcher:
         prefill_call = PrefillCall(
             job.request_id,
             self.name,
-            _context_json(job, progress),  # type: ignore[arg-type]  # already JSON, written out as it is
+            ticket.prompt_token_ids or _context_json(job, progress),  # type: ignore[arg-type]  # JSON already
             attempt.decode.name,
             ticket.ticket,
             ticket.kv_addresses,
@@ -544,6 +546,7 @@ class Dispatcher:
                 text_ahead=progress.text_ahead if delivered else 0,
                 traceparent=job.traceparent,
                 priority=job.request.priority,
+                forward=None if job.request.forward is None else dict(job.request.forward),
             )
         )
 

@@ -2,12 +2,15 @@
 
 Every field is in one of four tables: read here, read as a note that changes nothing (`user`), valid only with its
 neutral value because the engine has no such feature (`n`: 1), or unknown. Nothing is ignored in silence.
+
+Where all decode nodes forward bodies to an OpenAI server of their engine's own (vLLM), that server has the last word:
+what routing needs is checked here, and the rest goes through.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +39,7 @@ class GenerationRequest:
     kind: Kind
     model: str
     prompt: str | list[int] | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     max_output_tokens: int | None
     """None: as many as the context and the settings allow."""
     sampling: SamplingMessage
@@ -48,6 +51,8 @@ class GenerationRequest:
     """As vLLM's: prefixes are shared only with requests that have the same."""
     priority: int = 0
     """As vLLM's: lower is sooner."""
+    forward: Mapping[str, Any] | None = None
+    """The body itself, for an engine that answers it by its own server."""
 
     @property
     def prompt_field(self) -> str:
@@ -121,13 +126,17 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
 }
 """Features of OpenAI and vLLM that this engine doesn't have, with the values that don't ask for them (null always)."""
+NEVER = frozenset({"n", "best_of", "use_beam_search", "suffix", "modalities", "audio", "kv_transfer_params"})
+"""Of these, what doesn't go with KV from elsewhere, whatever the engine."""
 
 
-def parse_request(kind: Kind, body: Any) -> GenerationRequest:
-    """`body`: parsed JSON. Raises RequestError or UnsupportedError naming the field in `param`."""
+def parse_request(kind: Kind, body: Any, forwards: bool = False) -> GenerationRequest:
+    """`body`: parsed JSON. forwards: the decode nodes take it as it is. Raises RequestError or UnsupportedError naming
+    the field in `param`."""
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {_json_type(body)}")
-    _refuse_unsupported(kind, body)
+    _refuse_unsupported(kind, body, NEVER if forwards else NEUTRAL.keys(), unknown_too=not forwards)
+    forward = body if forwards and (kind == "chat" or not _is_ours(kind, body)) else None
     stream = _boolean(body, "stream")
     include_usage, continuous_usage = _stream_options(body, stream)
     max_output_tokens = _max_output_tokens(body)
@@ -141,7 +150,7 @@ def parse_request(kind: Kind, body: Any) -> GenerationRequest:
         kind=kind,
         model=_model(body),
         prompt=_prompt(body) if kind == "completion" else None,
-        messages=_messages(body) if kind == "chat" else None,
+        messages=_messages(body, as_they_are=forwards) if kind == "chat" else None,
         max_output_tokens=max_output_tokens,
         sampling=sampling,
         stream=stream,
@@ -150,13 +159,24 @@ def parse_request(kind: Kind, body: Any) -> GenerationRequest:
         echo=_boolean(body, "echo"),
         cache_salt=_cache_salt(body),
         priority=_integer(body, "priority", FIRST_PRIORITY, LAST_PRIORITY) or 0,
+        forward=forward,
     )
 
 
 # -- what we don't do -------------------------------------------------------------------------------------------------
 
 
-def _refuse_unsupported(kind: Kind, body: Mapping[str, Any]) -> None:
+def _is_ours(kind: Kind, body: Mapping[str, Any]) -> bool:
+    """A decode node can answer it from token ids, and another one go on with it."""
+    try:
+        _refuse_unsupported(kind, body, NEUTRAL.keys(), unknown_too=True)
+    except RequestError:
+        return False
+    return True
+
+
+def _refuse_unsupported(kind: Kind, body: Mapping[str, Any], refused: Set[str], unknown_too: bool) -> None:
+    """refused: of NEUTRAL, what may have its neutral value alone."""
     known = FIELDS[kind]
     for name, value in body.items():
         if name in known or value is None:
@@ -166,12 +186,16 @@ def _refuse_unsupported(kind: Kind, body: Mapping[str, Any]) -> None:
             if not isinstance(value, kind_of_note):
                 raise _wrong(name, wanted, value)
             continue
+        if name in NEUTRAL and name not in refused:
+            continue
         if name in NEUTRAL:
             if not any(_same(value, neutral) for neutral in NEUTRAL[name]):
                 raise UnsupportedError(_unsupported(name), param=name, code="unsupported_parameter")
             continue
         if name in FIELDS["chat"] | FIELDS["completion"]:
             raise RequestError(f"{name} does not belong to a {kind} request", param=name, code="unknown_parameter")
+        if not unknown_too:
+            continue
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise RequestError(f"unknown field {name[:100]!r}{hint}", param=name[:100], code="unknown_parameter")
@@ -241,7 +265,8 @@ def _check_integers(prompt: list[Any]) -> None:
 ROLES = ("system", "developer", "user", "assistant")
 
 
-def _messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
+def _messages(body: Mapping[str, Any], as_they_are: bool) -> list[dict[str, Any]]:
+    """as_they_are: the engine's own server checks them; only what KV from elsewhere can't be for is refused."""
     messages = body.get("messages")
     if messages is None:
         raise RequestError("messages is required", param="messages")
@@ -249,10 +274,19 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
         raise _wrong("messages", "a list of messages", messages)
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise RequestError(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    check = _text_message if as_they_are else _message
+    return [check(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _text_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise _wrong(where, "an object with role and content", message)
+    if isinstance(message.get("content"), list):
+        return message | {"content": _content(message, where)}
+    return message
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise _wrong(where, "an object with role and content", message)
     role = message.get("role")

@@ -7,9 +7,10 @@ costs the loop a late wake-up, not the sum of all such calls.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -49,10 +50,10 @@ class Prompts:
         self._short.shutdown(wait=False, cancel_futures=True)
         self._long.shutdown(wait=False, cancel_futures=True)
 
-    async def parse(self, kind: Kind, body: bytes) -> GenerationRequest:
-        """Raises RequestError."""
+    async def parse(self, kind: Kind, body: bytes, forwards: bool = False) -> GenerationRequest:
+        """Raises RequestError. forwards: the decode nodes take the body as it is."""
         data = await parse_json(body, object, self._long)
-        return await in_thread_if(len(body) > LARGE_BODY_BYTES, self._long, parse_request, kind, data)
+        return await in_thread_if(len(body) > LARGE_BODY_BYTES, self._long, parse_request, kind, data, forwards)
 
     async def keys(self, hasher: BlockHasher, prompt: Prompt) -> Sequence[BlockKey]:
         """The keys of the prompt's prefix blocks; 16K tokens take a third of a millisecond."""
@@ -61,7 +62,7 @@ class Prompts:
     async def tokenize(self, request: GenerationRequest) -> Prompt:
         """Raises RequestError naming the prompt's field."""
         if request.messages is not None:
-            size = sum(len(message["content"]) for message in request.messages)
+            size = sum(len(message.get("content") or "") for message in request.messages)
         else:
             size = len(request.prompt or "")
         if isinstance(request.prompt, list):
@@ -81,7 +82,7 @@ def tokenize(request: GenerationRequest, tokenizer: Tokenizer) -> Prompt:
     """Pure. Token ids are checked against the vocabulary, text is encoded, a chat rendered and encoded."""
     try:
         if request.messages is not None:
-            ids = tokenizer.encode(tokenizer.render_chat(request.messages), special_tokens=False)
+            ids = tokenizer.encode(_render(request.messages, request.forward, tokenizer), special_tokens=False)
         elif isinstance(request.prompt, str):
             ids = tokenizer.encode(request.prompt)
         else:
@@ -100,6 +101,21 @@ def tokenize(request: GenerationRequest, tokenizer: Tokenizer) -> Prompt:
     if isinstance(request.prompt, list):
         _check_range(ids, json, tokenizer.vocabulary)
     return Prompt(ids, msgspec.Raw(json))
+
+
+def _render(messages: Sequence[Mapping[str, Any]], forward: Mapping[str, Any] | None, tokenizer: Tokenizer) -> str:
+    """Of a forwarded chat the engine has the last word on the prompt: here it is for the route and the cache."""
+    if forward is None:
+        return tokenizer.render_chat(messages)
+    given = forward.get("chat_template_kwargs")
+    variables = {str(name): value for name, value in given.items()} if isinstance(given, dict) else {}
+    for name in ("tools", "documents", "add_generation_prompt", "continue_final_message"):
+        if forward.get(name) is not None:
+            variables[name] = forward[name]
+    try:
+        return tokenizer.render_chat(messages, **variables)
+    except (RequestError, TypeError):
+        return msgspec.json.encode(messages).decode()  # about as long
 
 
 def _check_range(ids: list[int], json: bytes, vocabulary: int) -> None:

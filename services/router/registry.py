@@ -78,6 +78,7 @@ class Node:
     lease_until_s: float
     draining: bool
     clock_error_s: float
+    forwards: bool = False
     reachable: bool = True
     failures: int = 0
     """Calls in a row that did not reach it, those together counted once."""
@@ -177,6 +178,8 @@ class Registry:
         self.model = ""
         """As the nodes report it; the last known one when none is alive."""
         self.max_model_tokens = 0
+        self.forwards = False
+        """All decode nodes take clients' bodies as they are."""
 
     # -- heartbeats --------------------------------------------------------------------------------------------------
 
@@ -335,6 +338,8 @@ class Registry:
         alive = [node for node in self._by_name.values() if node.lease_until_s > now_s]
         self.model = alive[0].model
         self.max_model_tokens = min(node.max_model_tokens for node in alive)
+        decode = [node for node in alive if node.role == "decode"]
+        self.forwards = bool(decode) and all(node.forwards for node in decode)
 
     # -- dispatches --------------------------------------------------------------------------------------------------
 
@@ -545,6 +550,7 @@ def _renew(node: Node, message: Heartbeat, url: URL, now_s: float) -> None:
     node.model, node.model_fingerprint = message.model, message.model_fingerprint
     node.layout_hash, node.max_model_tokens = message.layout_hash, message.max_model_tokens
     node.clock_error_s = message.clock_error_s
+    node.forwards = message.forwards
     node.routers = message.routers
     node.next_role = message.next_role
     node.planner_holder, node.planner_bid_s = message.planner_holder, message.planner_bid_s

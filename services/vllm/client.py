@@ -14,6 +14,7 @@ from prfaas.common.errors import EngineError, RequestError
 MAX_EVENT_BYTES = 4 << 20
 DATA = b"data:"
 DONE = b"[DONE]"
+ERROR = b'{"error":'
 PROBE_S = 5.0
 
 
@@ -35,6 +36,10 @@ class Chunk(msgspec.Struct, frozen=True):
     error: ErrorDetail | None = None
     message: str = ""
     """Where older servers put an error's text."""
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    tokens: list[int]
 
 
 class VllmClient:
@@ -60,24 +65,40 @@ class VllmClient:
             raise EngineError(f"{self._url}/v1/models does not answer as vLLM does: {error}") from error
 
     async def complete(self, body: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
-        """POST /v1/completions, streamed. Closing the iterator cancels the request in vLLM.
+        """POST /v1/completions, streamed. As `answer`."""
+        async with contextlib.aclosing(self.answer("/v1/completions", {**body, "stream": True})) as events:
+            async for event in events:
+                yield msgspec.json.decode(event, type=Chunk)
+
+    async def answer(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+        """The JSON of each event of a stream but its last, or of the one response where the body asks for no stream.
+        Closing the iterator cancels the request in vLLM.
 
         Raises RequestError for what vLLM finds wrong with the request, EngineError for what is wrong with vLLM."""
-        data = msgspec.json.encode({**body, "stream": True})
+        data = msgspec.json.encode(body)
         headers = {"content-type": "application/json"}
         try:
-            async with self._session.post(f"{self._url}/v1/completions", data=data, headers=headers) as response:
+            async with self._session.post(self._url + path, data=data, headers=headers) as response:
                 if response.status != 200:
                     raise _error(response.status, await response.content.read(MAX_EVENT_BYTES))
+                if not body.get("stream"):
+                    yield await response.read()
+                    return
                 async for event in _events(response.content):
                     if event == DONE:
                         return
-                    chunk = msgspec.json.decode(event, type=Chunk)
-                    if chunk.error is not None:
-                        raise EngineError(f"vLLM ended the request: {chunk.error.message}")
-                    yield chunk
+                    if event.startswith(ERROR):
+                        raise EngineError(f"vLLM ended the request: {_error(500, event)}")
+                    yield event
         except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
             raise EngineError(f"vLLM at {self._url} broke off: {error or type(error).__name__}") from error
+
+    async def tokenize(self, body: Mapping[str, Any]) -> list[int]:
+        """POST /tokenize. Raises RequestError, EngineError."""
+        async with contextlib.aclosing(self.answer("/tokenize", body)) as events:
+            async for event in events:
+                return msgspec.json.decode(event, type=Tokens).tokens
+        raise EngineError("vLLM gave no tokens")
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from prfaas.common.errors import EngineError, OutOfMemoryError, RequestError, TransferError
 from prfaas.common.kv_layout import TokenRange
 from prfaas.services.engine.api import (
     DecodeDone,
-    DecodeEvent,
     DecodeRequest,
     DecodeTimeline,
     FinishReason,
@@ -33,23 +33,25 @@ from prfaas.services.vllm.release import may_release
 from prfaas.services.vllm.workers import SharedTransfer
 from prfaas.transport.api import KvDestination, KvReceiver, TransferSpec
 
+E = TypeVar("E")
+
 LOADED_WAIT_S = 10.0
 """After vLLM's first token, for the workers' word that all KV was there: it left them before the token."""
 
 
-class DecodeLife:
-    """Raises RequestError when it is made."""
+class VllmLife(ABC, Generic[E]):
+    """What all decodes have in common, whatever comes out of them. A subclass says what vLLM is asked, and makes events
+    of what it answers. Raises RequestError when it is made."""
 
-    def __init__(self, desk: Desk, request: DecodeRequest, receivers: Sequence[KvReceiver]) -> None:
-        self._desk = desk
-        self._context = [*request.prompt_token_ids, *request.output_token_ids]
-        if not request.prompt_token_ids:
+    def __init__(
+        self, desk: Desk, context: list[int], timeout_s: float | None, receivers: Sequence[KvReceiver]
+    ) -> None:
+        """context: the token ids that vLLM will make the next token from."""
+        if not context:
             raise RequestError("the prompt is empty", param="prompt")
-        if request.max_output_tokens < 1:
-            raise RequestError("max_tokens must be at least 1", param="max_tokens")
-        desk.check_length(len(request.prompt_token_ids) + request.max_output_tokens)
-        check_token_ids(self._context, desk.info.vocabulary)
-        self._request = request
+        check_token_ids(context, desk.info.vocabulary)
+        self._desk = desk
+        self._context = context
         self._receiver = receivers[0] if receivers else None
         layout = desk.info.layout
         self._arrived_s: list[float | None] = [None] * len(layout.layers)
@@ -63,22 +65,28 @@ class DecodeLife:
         self._queued_s = time.monotonic()
         self._released_s = 0.0
         self._last_s = 0.0
-        self.output_tokens = len(request.output_token_ids)
-        self.stream: RequestEvents[DecodeEvent] = RequestEvents(self._close)
-        self._deadline = Deadline(request.timeout_s, self._fail)
-        self._begin(receivers)
-
-    def _begin(self, receivers: Sequence[KvReceiver]) -> None:
+        self._tokens_came = False
+        self.stream: RequestEvents[E | DecodeTimeline] = RequestEvents(self._close)
+        self._deadline = Deadline(timeout_s, self._fail)
         problem = self._problem(receivers)
         for receiver in receivers:
             receiver.bind(self._reserve, self._layer_arrived, self._transfer_failed)
         if problem is not None:
             self._fail(problem)
-        elif self.output_tokens >= self._request.max_output_tokens:
-            self.stream.push(DecodeDone(FinishReason.LENGTH, self.output_tokens))
-            self.stream.end()
-        elif self._receiver is None:
+
+    def begin(self) -> None:
+        """Once, when the subclass is complete."""
+        if self._receiver is None and not self.stream.sealed:
             self._release()
+
+    @property
+    @abstractmethod
+    def context_tokens(self) -> int:
+        """With the output so far."""
+
+    @abstractmethod
+    async def _run(self) -> None:
+        """Ask vLLM; events go into the stream. `_first` before the first one leaves."""
 
     def _problem(self, receivers: Sequence[KvReceiver]) -> EngineError | None:
         if self._desk.workers.failure is not None:
@@ -100,10 +108,6 @@ class DecodeLife:
     def is_running(self) -> bool:
         """vLLM has it, and it has not ended."""
         return self._running is not None and not self.stream.sealed
-
-    @property
-    def context_tokens(self) -> int:
-        return len(self._context) + self.output_tokens - len(self._request.output_token_ids)
 
     # -- KV -----------------------------------------------------------------------------------------------------------
 
@@ -139,47 +143,23 @@ class DecodeLife:
         self._released_s = time.monotonic()
         self._running = asyncio.ensure_future(self._run())
 
-    def _body(self) -> dict[str, Any]:
-        request, sampling = self._request, self._request.sampling
-        body: dict[str, Any] = {
-            "model": self._desk.served_model,
-            "prompt": self._context,
-            "max_tokens": request.max_output_tokens - len(request.output_token_ids),
-            "min_tokens": max(0, sampling.min_tokens - len(request.output_token_ids)),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": sampling.seed,
-            "ignore_eos": sampling.ignore_eos,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "return_token_ids": True,
-            "cache_salt": request.tenant or None,
+    def _params(self) -> dict[str, Any]:
+        """For the connector; without a transfer there is nothing to tell it."""
+        if self._transfer is None:
+            return {}
+        tokens: TokenRange = self._transfer.plan.tokens
+        params = {
+            "transfer_id": self._transfer.transfer_id,
+            "kind": "load",
+            "start": tokens.start,
+            "end": tokens.end,
         }
-        if self._transfer is not None:
-            tokens: TokenRange = self._transfer.plan.tokens
-            params = {
-                "transfer_id": self._transfer.transfer_id,
-                "kind": "load",
-                "start": tokens.start,
-                "end": tokens.end,
-            }
-            body["kv_transfer_params"] = {PARAMS_KEY: params}
-        return body
-
-    async def _run(self) -> None:
-        try:
-            async with contextlib.aclosing(self._desk.client.complete(self._body())) as chunks:
-                async for chunk in chunks:
-                    if not self._last_s:
-                        await self._first()
-                    if self._take(chunk):
-                        return
-            raise EngineError("vLLM ended the stream without a reason")
-        except Exception as error:  # vLLM's and the transport's errors go to the caller as they are
-            self._fail(error)
+        return {"kv_transfer_params": {PARAMS_KEY: params}}
 
     async def _first(self) -> None:
-        """No token leaves before every worker has said that the KV it came from was there and checked."""
+        """No token leaves before every worker has said that the KV it came from was there. Idempotent."""
+        if self._last_s:
+            return
         used_s: list[float] = []
         if self._transfer is not None:
             try:
@@ -197,6 +177,16 @@ class DecodeLife:
         used_s = [self._last_s] * layers
         self.stream.push(DecodeTimeline([None] * layers, used_s, self._queued_s, self._released_s, self._last_s))
 
+    def _came(self, tokens: int) -> float:
+        """So many tokens have come now."""
+        now_s = time.monotonic()
+        if tokens == 1 and self._tokens_came:
+            self._desk.step.add(now_s - self._last_s)
+        if tokens:
+            self._last_s = now_s
+            self._tokens_came = True
+        return now_s
+
     def _check(self, loaded: Sequence[Loaded]) -> list[float]:
         """used_s of each layer, as the last rank has it."""
         problem = next((each.problem for each in loaded if each.problem), "")
@@ -213,34 +203,6 @@ class DecodeLife:
             await self._receiver.finished()
         await self._receiver.aclose()
         await self._transfer.close()
-
-    def _take(self, chunk: Chunk) -> bool:
-        """True: it was the last."""
-        now_s = time.monotonic()
-        for choice in chunk.choices:
-            ids = choice.token_ids or []
-            stop_id = _stop_id(choice.finish_reason, choice.stop_reason, ids, self._desk.info.eos_token_ids)
-            if stop_id is not None and ids and ids[-1] == stop_id:
-                ids = ids[:-1]
-            for token_id in ids:
-                self.stream.push(TokenEvent(token_id, self.output_tokens, now_s))
-                self.output_tokens += 1
-            if len(ids) == 1 and self.output_tokens > 1:
-                self._desk.step.add(now_s - self._last_s)
-            if ids:
-                self._last_s = now_s
-            if choice.finish_reason is not None:
-                self._end(choice.finish_reason, stop_id)
-                return True
-        return False
-
-    def _end(self, finish_reason: str, stop_id: int | None) -> None:
-        if finish_reason not in ("stop", "length"):
-            self._fail(EngineError(f"vLLM ended the request: {finish_reason}"))
-            return
-        reason = FinishReason.STOP if finish_reason == "stop" else FinishReason.LENGTH
-        self.stream.push(DecodeDone(reason, self.output_tokens, stop_id))
-        self.stream.end()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +222,79 @@ class DecodeLife:
             if self._transfer is not None:
                 await self._transfer.close()
             self._desk.line.advance()
+
+
+class DecodeLife(VllmLife[TokenEvent | DecodeDone]):
+    """A decode from token ids."""
+
+    def __init__(self, desk: Desk, request: DecodeRequest, receivers: Sequence[KvReceiver]) -> None:
+        if request.max_output_tokens < 1:
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        desk.check_length(len(request.prompt_token_ids) + request.max_output_tokens)
+        self._request = request
+        self._output_tokens = len(request.output_token_ids)
+        context = [*request.prompt_token_ids, *request.output_token_ids]
+        super().__init__(desk, context, request.timeout_s, receivers)
+        if self._output_tokens >= request.max_output_tokens:
+            self.stream.push(DecodeDone(FinishReason.LENGTH, self._output_tokens))
+            self.stream.end()
+
+    @property
+    def context_tokens(self) -> int:
+        return len(self._request.prompt_token_ids) + self._output_tokens
+
+    def _body(self) -> dict[str, Any]:
+        request, sampling = self._request, self._request.sampling
+        return {
+            "model": self._desk.served_model,
+            "prompt": self._context,
+            "max_tokens": request.max_output_tokens - len(request.output_token_ids),
+            "min_tokens": max(0, sampling.min_tokens - len(request.output_token_ids)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": sampling.seed,
+            "ignore_eos": sampling.ignore_eos,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "return_token_ids": True,
+            "cache_salt": request.tenant or None,
+            **self._params(),
+        }
+
+    async def _run(self) -> None:
+        try:
+            async with contextlib.aclosing(self._desk.client.complete(self._body())) as chunks:
+                async for chunk in chunks:
+                    await self._first()
+                    if self._take(chunk):
+                        return
+            raise EngineError("vLLM ended the stream without a reason")
+        except Exception as error:  # vLLM's and the transport's errors go to the caller as they are
+            self._fail(error)
+
+    def _take(self, chunk: Chunk) -> bool:
+        """True: it was the last."""
+        for choice in chunk.choices:
+            ids = choice.token_ids or []
+            stop_id = _stop_id(choice.finish_reason, choice.stop_reason, ids, self._desk.info.eos_token_ids)
+            if stop_id is not None and ids and ids[-1] == stop_id:
+                ids = ids[:-1]
+            at_s = self._came(len(ids))
+            for token_id in ids:
+                self.stream.push(TokenEvent(token_id, self._output_tokens, at_s))
+                self._output_tokens += 1
+            if choice.finish_reason is not None:
+                self._end(choice.finish_reason, stop_id)
+                return True
+        return False
+
+    def _end(self, finish_reason: str, stop_id: int | None) -> None:
+        if finish_reason not in ("stop", "length"):
+            self._fail(EngineError(f"vLLM ended the request: {finish_reason}"))
+            return
+        reason = FinishReason.STOP if finish_reason == "stop" else FinishReason.LENGTH
+        self.stream.push(DecodeDone(reason, self._output_tokens, stop_id))
+        self.stream.end()
 
 
 def _stop_id(

@@ -29,8 +29,9 @@ from prfaas.services.engine.prefill_line import PrefillLine
 from prfaas.services.engine.tokenizer import read_eos_token_ids
 from prfaas.services.engine.vllm.version import check_version
 from prfaas.services.vllm.client import VllmClient
-from prfaas.services.vllm.decoding import DecodeLife
+from prfaas.services.vllm.decoding import DecodeLife, VllmLife
 from prfaas.services.vllm.desk import Desk
+from prfaas.services.vllm.forwarding import ForwardLife, VllmForwarding
 from prfaas.services.vllm.prefilling import PrefillLife
 from prfaas.services.vllm.process import HOST, VllmProcess, free_port, serve_command
 from prfaas.services.vllm.workers import Workers
@@ -55,7 +56,7 @@ class VllmEngine:
         self._profile: NodeProfile | None = None
         self._failure: str | None = None
         self._on_failure: Callable[[], None] = lambda: None
-        self._lives: set[PrefillLife | DecodeLife] = set()
+        self._lives: set[PrefillLife | DecodeLife | ForwardLife] = set()
 
     @property
     def info(self) -> EngineInfo:
@@ -65,6 +66,10 @@ class VllmEngine:
     def profile(self) -> NodeProfile | None:
         """`engine.profile`, else what has been measured while serving."""
         return self._profile or self._ready().measured.profile
+
+    @property
+    def forwarding(self) -> VllmForwarding:
+        return VllmForwarding(self._ready(), self._keep)
 
     @property
     def failure(self) -> str | None:
@@ -171,11 +176,12 @@ class VllmEngine:
     def decode(self, request: DecodeRequest, transfers: Sequence[KvReceiver]) -> EventStream[DecodeEvent]:
         life = DecodeLife(self._alive(), request, transfers)
         self._keep(life)
+        life.begin()
         return life.stream
 
     def load(self) -> EngineLoad:
         desk = self._ready()
-        decodes = [life for life in self._lives if isinstance(life, DecodeLife)]
+        decodes = [life for life in self._lives if isinstance(life, VllmLife)]
         running = [life for life in decodes if life.is_running]
         held_bytes = desk.info.layout.bytes_per_token * sum(life.context_tokens for life in running)
         return EngineLoad(
@@ -198,6 +204,6 @@ class VllmEngine:
             raise EngineError(self._failure)
         return self._ready()
 
-    def _keep(self, life: PrefillLife | DecodeLife) -> None:
+    def _keep(self, life: PrefillLife | DecodeLife | ForwardLife) -> None:
         self._lives.add(life)
         life.stream.on_closed(lambda: self._lives.discard(life))

@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python -m tests.benchmarks.bench_vllm_join [--rounds 5]
 
-Two real vLLMs (CPU), SmolLM2, 2,000 prompt tokens; prefill takes 30 ms a layer more, so that its KV arrives over some
+Two real vLLMs (CPU), SmolLM2, 300 prompt tokens; prefill takes 30 ms a layer more, so that its KV arrives over some
 0.9 s after the first layer. Modes, of the decode node alone:
 
     synchronous   vLLM has the request from the first layer on, and its step waits for all the others (vllm.stall_s 60)
@@ -23,16 +23,14 @@ import aiohttp
 from prfaas.services.engine.tokenizer import load_tokenizer
 from prfaas.services.model_store import ensure_model
 
-from tests.vllm.conftest import VllmCluster
-from tests.vllm.test_outputs import PASSAGE
+from tests.vllm.conftest import PASSAGE, SLOW, VllmCluster
 
 MODES = {
     "synchronous": ["--vllm-stall-s", "60", "--vllm-layer-wait-s", "60"],
     "complete": ["--engine-join", "when_complete"],
     "early": [],
 }
-SLOW = {"kv_connector": "SlowConnector", "kv_connector_module_path": "tests.vllm.slow_connector"}
-PROMPT_TOKENS = 2000
+PROMPT_TOKENS = 300
 SETTLED_TOKENS = 15
 
 
@@ -79,12 +77,14 @@ async def main(rounds: int) -> None:
                 for mode, flags in MODES.items():
                     cluster.stop_nodes()
                     await cluster.start_nodes(decode=flags)
-                    await joined(cluster, ids[:PROMPT_TOKENS])
-                    results = [await joined(cluster, ids[i : i + PROMPT_TOKENS]) for i in range(1, rounds + 1)]
+                    with cluster.servers["prefill"].slowly():
+                        await joined(cluster, ids[:PROMPT_TOKENS])
+                        results = [await joined(cluster, ids[i : i + PROMPT_TOKENS]) for i in range(1, rounds + 1)]
                     ttft_s, gap_s = zip(*results, strict=True)
                     print(
                         f"{mode:12} {statistics.median(ttft_s):8.2f} {1e3 * statistics.median(gap_s):15.0f}   "
-                        f"({min(ttft_s):.2f} to {max(ttft_s):.2f} s, {1e3 * min(gap_s):.0f} to {1e3 * max(gap_s):.0f} ms)"
+                        f"({min(ttft_s):.2f} to {max(ttft_s):.2f} s, "
+                        f"{1e3 * min(gap_s):.0f} to {1e3 * max(gap_s):.0f} ms)"
                     )
             finally:
                 cluster.close()

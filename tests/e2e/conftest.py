@@ -88,6 +88,10 @@ class Process:
             raise
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def alive(self) -> bool:
         return self._popen.poll() is None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,28 @@ import pytest
 import pytest_asyncio
 
 from tests.e2e.conftest import Cluster, Process, free_ports
-from tests.tiny_models import add_tokenizer, make_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 START_S = 240.0
 CORES = os.cpu_count() or 1
 MAX_MODEL_TOKENS = 4096
+
+
+PASSAGE = (
+    "The history of computing began long before electronic machines. Charles Babbage designed the Analytical Engine, "
+    "and Ada Lovelace wrote what many consider the first program. The lighthouse keeper wrote the weather down every "
+    "morning, and every evening he read it back to the sea. Nobody answered, but the sea was calm on most days. "
+)
+LENGTHS = (1, 2, 31, 32, 33, 100, 127, 128, 129, 130, 257, 700, 1024, 2049, 3000)
+NEAR_TIE = 0.1
+"""In logprob: bf16 has 8 bits, and the order of sums differs with the batch."""
+TEMPLATE = (
+    "{% if tools %}You have tools. {% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\nIt is {{ m.role }} who says: {{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+SLOW = {"kv_connector": "SlowConnector", "kv_connector_module_path": "tests.vllm.slow_connector"}
 
 
 class VllmServer:
@@ -45,13 +63,42 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
         }
         command = [
-            *("env", *(f"{key}={value}" for key, value in environment.items())),
+            *("setsid", "env", *(f"{key}={value}" for key, value in environment.items())),
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"),
             *("--max-model-len", str(MAX_MODEL_TOKENS), "--kv-transfer-config", config),
             *arguments,
         ]
         self.process = Process(f"vllm-{name}", command, self.url, folder / f"vllm-{name}.log", own=True)
+
+    def kill(self) -> None:
+        """All of its processes, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Its layers take 30 ms more meanwhile (SlowConnector)."""
+        flag = Path(self.control) / "slow"
+        flag.touch()
+        try:
+            yield
+        finally:
+            flag.unlink()
+
+    async def idle(self, session: aiohttp.ClientSession) -> None:
+        """Until it has no request, and every KV block is free."""
+        gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        deadline = time.monotonic() + 30.0
+        found: dict[str, float] = {}
+        while time.monotonic() < deadline:
+            found = {name: await self.gauge(session, name) for name in gauges}
+            if not any(found.values()):
+                return
+            # A poll, since it can only be asked.
+            await asyncio.sleep(0.2)
+        pytest.fail(f"vLLM does not come to rest: {found}\n{self.process.tail(20)}")
 
     async def ready(self, session: aiohttp.ClientSession) -> None:
         deadline = time.monotonic() + START_S
@@ -74,6 +121,14 @@ class VllmServer:
             answer = await response.json()
             assert response.status == 200, answer
             return answer["choices"][0]
+
+    async def chat(self, session: aiohttp.ClientSession, content: str, **fields: Any) -> Any:
+        """What vLLM answers by itself."""
+        body = {"model": "model", "messages": [{"role": "user", "content": content}], "temperature": 0} | fields
+        async with session.post(self.url + "/v1/chat/completions", json=body) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+            return answer
 
     async def gauge(self, session: aiohttp.ClientSession, name: str) -> float:
         async with session.get(self.url + "/metrics") as response:
@@ -99,48 +154,75 @@ class VllmCluster(Cluster):
         await asyncio.gather(*(server.ready(self.session) for server in self.servers.values()))
         await self.start_nodes()
 
-    async def start_nodes(
-        self, decode: list[str] | None = None, rate_mbit: float = 1000, delay_ms: float = 5
-    ) -> None:
+    async def mend(self) -> None:
+        """What has been killed is started again."""
+        dead = [server for server in self.servers.values() if not server.process.alive]
+        if not dead and all(process.alive for process in self.processes.values()):
+            return
+        for server in dead:
+            server.process.start()
+        await asyncio.gather(*(server.ready(self.session) for server in dead))
+        self.stop_nodes()
+        await self.start_nodes()
+
+    async def start_nodes(self, decode: list[str] | None = None, rate_mbit: float = 1000, delay_ms: float = 5) -> None:
         """Router, WAN and a node for each role; `decode`: further flags of the decode node."""
         of = {role: ["--vllm-url", s.url, "--vllm-control", s.control] for role, s in self.servers.items()}
         await self.start(
             ["--engine", "vllm", "--model", self.model, "--engine-arena-bytes", "512M"],
-            ["--model", self.model],
+            ["--model", self.model, "--router-continue-wait-s", "1"],
             rate_mbit=rate_mbit,
             delay_ms=delay_ms,
             prefill=of["prefill"],
             decode=[*of["decode"], *(decode or [])],
         )
 
+    def close(self) -> None:
+        for server in self.servers.values():
+            server.kill()
+        super().close()
+
     def stop_nodes(self) -> None:
         """All but the vLLMs."""
         for name in [name for name in self.processes if not name.startswith("vllm-")]:
             self.processes.pop(name).kill()
 
-    async def offloaded(self, prompt: list[int], tokens: int, **fields: Any) -> dict[str, Any]:
-        """A completion whose KV comes from the prefill node."""
+    async def timeline(self, request_id: str) -> dict[str, Any]:
+        async with self.session.get(f"{self.router_url}/requests/{request_id}/timeline") as response:
+            return dict(await response.json())
+
+    async def idle(self) -> None:
+        """Until no vLLM that lives has a request or a block in use."""
+        for server in self.servers.values():
+            if server.process.alive:
+                await server.idle(self.session)
+
+    async def chat(self, content: str, expected: int = 200, **fields: Any) -> dict[str, Any]:
+        """A chat whose KV comes from the prefill node: the whole answer, its headers too."""
+        messages = [{"role": "user", "content": content}]
+        body = {"model": await self.models(), "messages": messages, "temperature": 0} | fields
+        async with self.session.post(
+            self.router_url + "/v1/chat/completions", json=body, headers={"x-prfaas-pin-route": "offload"}
+        ) as response:
+            answer = dict(await response.json())
+            assert response.status == expected, f"{response.status}: {answer}\n{self.logs()}"
+            return answer | {"headers": {k.lower(): v for k, v in response.headers.items()}}
+
+    async def offloaded(self, prompt: list[int], tokens: int, pin: bool = True, **fields: Any) -> dict[str, Any]:
+        """A completion whose KV comes from the prefill node; unless pinned, as long as there is one."""
         body = {"model": await self.models(), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         body |= {"ignore_eos": True} | fields
-        headers = {"x-prfaas-pin-route": "offload"}
+        headers = {"x-prfaas-pin-route": "offload"} if pin else {}
         async with self.session.post(self.router_url + "/v1/completions", json=body, headers=headers) as response:
             answer = await response.json()
             assert response.status == 200, f"{response.status}: {answer}\n{self.logs()}"
             return dict(answer["choices"][0]) | {"headers": {k.lower(): v for k, v in response.headers.items()}}
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def vllm_cluster(request: pytest.FixtureRequest, tmp_path_factory: Any) -> AsyncIterator[VllmCluster]:
-    """Not started. Indirect parameter: a tiny model's type; by default it is the real one."""
-    folder = tmp_path_factory.mktemp("v")
-    if model_type := getattr(request, "param", None):
-        model = folder / f"tiny-{model_type}"
-        make_tiny_model(model_type, model)
-        add_tokenizer(model)
-    else:
-        model = request.getfixturevalue("smollm2_dir")
-    timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+@contextlib.asynccontextmanager
+async def cluster_of(model: Path, folder: Path) -> AsyncIterator[VllmCluster]:
+    """Not started."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         made = VllmCluster(folder, session, str(model))
         try:
             yield made
@@ -148,16 +230,52 @@ async def vllm_cluster(request: pytest.FixtureRequest, tmp_path_factory: Any) ->
             made.close()
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def smollm2(smollm2_dir: Path, tmp_path_factory: Any) -> AsyncIterator[VllmCluster]:
+    """The real model, eager, without prefix caching; prefill can be made slow (`slowly`)."""
+    # A short path: control sockets have at most 107 bytes.
+    folder = tmp_path_factory.mktemp("v")
+    # Not the model's own, which the router knows.
+    (folder / "template.jinja").write_text(TEMPLATE)
+    template = ["--chat-template", str(folder / "template.jinja")]
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    async with cluster_of(smollm2_dir, folder) as cluster:
+        await cluster.start_vllm(["--enforce-eager", "--no-enable-prefix-caching", *template, *tools], SLOW)
+        yield cluster
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def vllm_cluster(smollm2: VllmCluster) -> VllmCluster:
+    """As `smollm2`, with all processes alive, whatever the test before has killed."""
+    await smollm2.mend()
+    return smollm2
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2_dir: Path) -> dict[int, list[int]]:
+    """By number of tokens."""
+    from prfaas.services.engine.tokenizer import load_tokenizer
+
+    ids = load_tokenizer(str(smollm2_dir)).encode(PASSAGE * 60)
+    return {length: ids[length % 7 : length % 7 + length] for length in LENGTHS}
+
+
 def near_tie(choice: Any, text: str) -> float | None:
     """None: `text` is what vLLM says alone. Else the margin, in logprob, of the token at which they part."""
-    said = choice["text"]
+    logprobs = choice["logprobs"]
+    if "message" in choice:
+        said, tokens = choice["message"]["content"], [each["token"] for each in logprobs["content"]]
+        best = [[top["logprob"] for top in each["top_logprobs"]] for each in logprobs["content"]]
+    else:
+        said, tokens = choice["text"], logprobs["tokens"]
+        best = [list(top.values()) for top in logprobs["top_logprobs"]]
     if said == text:
         return None
     so_far = ""
-    for token, best in zip(choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"], strict=True):
+    for token, top in zip(tokens, best, strict=True):
         so_far += token
         if not text.startswith(so_far):
-            first, second, *_ = sorted(best.values(), reverse=True)
+            first, second, *_ = sorted(top, reverse=True)
             return float(first - second)
     return float("inf")
 

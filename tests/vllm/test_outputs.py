@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
-from tests.vllm.conftest import VllmCluster, near_tie, report
+from tests.vllm.conftest import NEAR_TIE, VllmCluster, near_tie, report
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 
-PASSAGE = (
-    "The history of computing began long before electronic machines. Charles Babbage designed the Analytical Engine, "
-    "and Ada Lovelace wrote what many consider the first program. The lighthouse keeper wrote the weather down every "
-    "morning, and every evening he read it back to the sea. Nobody answered, but the sea was calm on most days. "
-)
-LENGTHS = (1, 2, 31, 32, 33, 100, 127, 128, 129, 130, 257, 700, 1024, 2049, 3000)
 TOKENS = 24
-NEAR_TIE = 0.1
-"""In logprob: bf16 has 8 bits, and the order of sums differs with the batch."""
-
-
-@pytest.fixture(scope="module")
-def prompts(smollm2_dir):
-    from prfaas.services.engine.tokenizer import load_tokenizer
-
-    ids = load_tokenizer(str(smollm2_dir)).encode(PASSAGE * 60)
-    return {length: ids[length % 7 : length % 7 + length] for length in LENGTHS}
 
 
 async def same(cluster: VllmCluster, prompt: list[int]) -> None:
     answer = await cluster.offloaded(prompt, TOKENS)
+    if len(prompt) > 1:
+        assert answer["headers"]["x-prfaas-prefill"] == "prefill-1"
     alone = await cluster.servers["decode"].complete(cluster.session, prompt, TOKENS)
     margin = near_tie(alone, answer["text"])
     report({"tokens": len(prompt), "same": margin is None, "margin": margin})
@@ -38,10 +25,36 @@ async def same(cluster: VllmCluster, prompt: list[int]) -> None:
 
 
 async def test_each_alone(vllm_cluster, prompts):
-    await vllm_cluster.start_vllm(["--enforce-eager", "--no-enable-prefix-caching"])
     for prompt in prompts.values():
         await same(vllm_cluster, prompt)
 
 
 async def test_eight_at_once(vllm_cluster, prompts):
     await asyncio.gather(*(same(vllm_cluster, prompts[length]) for length in (1, 33, 128, 129, 257, 700, 1024, 2049)))
+
+
+async def test_decode_begins_before_prefill_has_ended(vllm_cluster, prompts):
+    """Layer 0 is used before the last layer has been computed; no layer before it is there."""
+    with vllm_cluster.servers["prefill"].slowly():
+        answer = await vllm_cluster.offloaded(prompts[257], 4)
+    timeline = await vllm_cluster.timeline(answer["headers"]["x-request-id"])
+    layers = timeline["layers"]
+    computed, arrived, used = ([layer[f"{what}_s"] for layer in layers] for what in ("computed", "arrived", "used"))
+    error_s = timeline["clock_error_s"]
+    assert used[0] + error_s < computed[-1]
+    assert all(at_s < use_s for at_s, use_s in zip(arrived, used, strict=True))
+    assert all(earlier <= later for earlier, later in itertools.pairwise(used))
+
+
+async def test_sampling_and_ends_are_vllms(vllm_cluster, prompts):
+    """Seeds, stop tokens and lengths mean what they mean to vLLM."""
+    prompt = prompts[100]
+    fields = {"temperature": 0.8, "seed": 7, "top_p": 0.9}
+    answer = await vllm_cluster.offloaded(prompt, TOKENS, **fields)
+    alone = await vllm_cluster.servers["decode"].complete(vllm_cluster.session, prompt, TOKENS, **fields)
+    assert near_tie(alone, answer["text"]) in (None, pytest.approx(0, abs=NEAR_TIE))
+    stop = alone["token_ids"][5]
+    answer = await vllm_cluster.offloaded(prompt, TOKENS, stop_token_ids=[stop], **fields)
+    assert answer["finish_reason"] == "stop"
+    assert alone["text"].startswith(answer["text"])
+    assert len(answer["text"]) < len(alone["text"])

@@ -37,6 +37,7 @@ from prfaas.transport.arena import Arena
 class EmulatedEngine:
     """services.engine.api.Engine. Finished jobs leave the load by themselves, closed or not."""
 
+    forwarding = None
     failure: str | None = None
     """Its work is tasks of the event loop: there is no thread that could die alone."""
 

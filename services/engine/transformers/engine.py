@@ -32,6 +32,8 @@ from prfaas.transport.arena import Arena
 class TransformersEngine:
     """`services.engine.api.Engine` on transformers' own modules."""
 
+    forwarding = None
+
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._desk: Desk | None = None
