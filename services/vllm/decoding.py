@@ -141,7 +141,12 @@ class VllmLife(ABC, Generic[E]):
 
     def _release(self) -> None:
         self._released_s = time.monotonic()
-        self._running = asyncio.ensure_future(self._run())
+        self._running = asyncio.ensure_future(self._ask())
+
+    async def _ask(self) -> None:
+        if self._transfer is not None:
+            await asyncio.shield(self._transfer.begun)
+        await self._run()
 
     def _params(self) -> dict[str, Any]:
         """For the connector; without a transfer there is nothing to tell it."""

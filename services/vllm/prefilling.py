@@ -139,6 +139,7 @@ class PrefillLife:
             "kv_transfer_params": {PARAMS_KEY: params},
         }
         try:
+            await asyncio.shield(transfer.begun)
             async with contextlib.aclosing(desk.client.complete(body)) as chunks:
                 async for _ in chunks:
                     pass

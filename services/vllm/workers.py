@@ -20,6 +20,7 @@ from prfaas.services.engine.vllm.control import (
     Arrived,
     Attach,
     Begin,
+    Begun,
     Close,
     Closed,
     Frames,
@@ -54,8 +55,11 @@ class SharedTransfer:
     _workers: Workers
     on_saved: Callable[[int, Saved], None] = lambda rank, saved: None
     """Called with the rank, on the loop, for each Saved."""
+    begun: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """All workers know of it: only then may vLLM be given the request."""
     save_ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     loaded: asyncio.Future[list[Loaded]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    _begun: int = 0
     _ended: int = 0
     _loaded: list[Loaded] = field(default_factory=list)
     _closed: int = 0
@@ -76,6 +80,10 @@ class SharedTransfer:
     def take(self, rank: int, message: ToNode) -> None:
         if isinstance(message, Saved):
             self.on_saved(rank, message)
+        elif isinstance(message, Begun):
+            self._begun += 1
+            if self._begun == self._workers.ranks and not self.begun.done():
+                self.begun.set_result(None)
         elif isinstance(message, SaveEnded):
             self._ended += 1
             if self.save_ended.done():
@@ -97,7 +105,7 @@ class SharedTransfer:
         """The memory is free when this returns; no worker touches it. Idempotent."""
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_future()
-            for future in (self.save_ended, self.loaded):
+            for future in (self.begun, self.save_ended, self.loaded):
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # whoever closes has no use for it
             if self._workers.failure is None:

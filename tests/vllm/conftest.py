@@ -165,11 +165,21 @@ class VllmCluster(Cluster):
         self.stop_nodes()
         await self.start_nodes()
 
-    async def start_nodes(self, decode: list[str] | None = None, rate_mbit: float = 1000, delay_ms: float = 5) -> None:
-        """Router, WAN and a node for each role; `decode`: further flags of the decode node."""
-        of = {role: ["--vllm-url", s.url, "--vllm-control", s.control] for role, s in self.servers.items()}
+    async def start_nodes(
+        self,
+        decode: list[str] | None = None,
+        rate_mbit: float = 1000,
+        delay_ms: float = 5,
+        engines: tuple[str, str] = ("vllm", "vllm"),
+    ) -> None:
+        """Router, WAN and a node for each role. decode: further flags of the decode node. engines: of prefill and
+        decode."""
+        of = {role: ["--engine", kind] for role, kind in zip(("prefill", "decode"), engines, strict=True)}
+        for role, server in self.servers.items():
+            if of[role] == ["--engine", "vllm"]:
+                of[role] += ["--vllm-url", server.url, "--vllm-control", server.control]
         await self.start(
-            ["--engine", "vllm", "--model", self.model, "--engine-arena-bytes", "512M"],
+            ["--model", self.model, "--engine-arena-bytes", "512M"],
             ["--model", self.model, "--router-continue-wait-s", "1"],
             rate_mbit=rate_mbit,
             delay_ms=delay_ms,

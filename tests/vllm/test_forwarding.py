@@ -18,7 +18,10 @@ CITY = {
     "required": ["city", "known_for"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "look_up", "strict": True, "description": "Looks a city up.", "parameters": CITY}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "strict": True, "description": "Looks a city up.", "parameters": CITY},
+}
 
 
 async def test_a_chat_is_answered_as_vllm_answers_it(vllm_cluster):
@@ -75,7 +78,6 @@ async def test_structured_output(vllm_cluster):
 async def test_a_tool_call(vllm_cluster):
     answer = await vllm_cluster.chat(QUESTION, max_tokens=100, tools=[TOOL], tool_choice="required")
     assert answer["headers"]["x-prfaas-prefill"] == "prefill-1"
-    print(answer["choices"])
     (call,) = answer["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "look_up"
     assert set(json.loads(call["function"]["arguments"])) == {"city", "known_for"}

@@ -5,7 +5,7 @@ The worker listens at `<control folder>/rank-<r>.sock`; one node at a time conne
 beside its first byte; the worker answers Ready. From then on:
 
     node → worker    Begin, Arrived, Abort, Close
-    worker → node    Saved, SaveEnded, Loaded, Closed
+    worker → node    Begun, Saved, SaveEnded, Loaded, Closed
 
 The memory of a transfer is the node's to free once Closed has come from every rank. When the connection ends, the
 worker touches none of that node's memory any more.
@@ -77,6 +77,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """That vLLM's cache has room for."""
 
 
+class Begun(msgspec.Struct, frozen=True, tag=True):
+    """From now on vLLM may be given the request."""
+
+    transfer_id: str
+
+
 class Saved(msgspec.Struct, frozen=True, tag=True):
     """Tokens [start, end) of heads [head_start, head_end) of these tensors of a layer lie in the shared memory; of a
     state, all of it."""
@@ -114,7 +120,7 @@ class Closed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = Attach | Begin | Arrived | Abort | Close
-ToNode = Ready | Saved | SaveEnded | Loaded | Closed
+ToNode = Ready | Begun | Saved | SaveEnded | Loaded | Closed
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

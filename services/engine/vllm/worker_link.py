@@ -19,6 +19,7 @@ from prfaas.services.engine.vllm.control import (
     Arrived,
     Attach,
     Begin,
+    Begun,
     Close,
     Closed,
     Frames,
@@ -152,6 +153,7 @@ class WorkerLink:
             shared.begin(
                 message.transfer_id, message.kind, TokenRange(message.start, message.end), message.offset_bytes
             )
+            self.send(Begun(message.transfer_id))
         elif isinstance(message, Close):
             shared.close(message.transfer_id)
             self.send(Closed(message.transfer_id))

@@ -93,7 +93,7 @@ class WorkerSide:
     def after_layer(self, name: str) -> None:
         """The layer's keys and values of this step are in the cache."""
         part = self._model.parts.get(name)
-        if part is not None:
+        if part is not None and not part.is_state:
             for saving in self._saving:
                 self._save(saving, part)
 
