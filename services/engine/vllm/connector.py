@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from prfaas.common import log
 from prfaas.common.errors import ConfigError
 from prfaas.services.engine.vllm import model_layout
 from prfaas.services.engine.vllm.control import VERSION, Ready
@@ -35,6 +36,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+_log = log.get_logger("vllm-connector")
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vllm is not in mypy's environment
@@ -136,6 +140,8 @@ class PrfaasConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             orders = (plain_order(cache, 0, part.spec.head_size),)
         else:
             orders = probe_order(module, cache, part.spec.head_size, part.spec.head_size_v or part.spec.head_size)
+        if part.layer == 0:
+            _log.info("KV cache", layer=part.name, shape=list(cache.shape), orders=[str(order) for order in orders])
         return [PagedTensor(cache, order, ratio) for order in orders]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
