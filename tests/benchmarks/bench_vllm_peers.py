@@ -203,9 +203,8 @@ async def main(arguments: argparse.Namespace, link: WanLink) -> None:
                     found[name] = dict(await measure(await system(bench), ids, arguments.rounds, len(found)))
                 finally:
                     bench.close()
-    print(
-        f"TTFT in s, medians of {arguments.rounds} (min to max); {arguments.rate_mbit:g} Mbit/s, rtt {arguments.rtt_ms:g} ms"
-    )
+    conditions = f"{arguments.rate_mbit:g} Mbit/s, rtt {arguments.rtt_ms:g} ms"
+    print(f"TTFT in s, medians of {arguments.rounds} (min to max); {conditions}")
     for size in SIZES:
         cells = []
         for name, results in found.items():
