@@ -43,7 +43,9 @@ Ask = Callable[[list[int]], Awaitable[float]]
 class Bench:
     """One system, up on both hosts."""
 
-    def __init__(self, link: WanLink, folder: Path, model: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, link: WanLink, folder: Path, packages: Path, model: str, session: aiohttp.ClientSession) -> None:
+        """packages: where NIXL is."""
+        self.packages = packages
         self.hosts = {"prefill": link.far, "decode": link.near}
         self.addresses = {"prefill": FAR_ADDRESS, "decode": NEAR_ADDRESS}
         self.folder, self.model, self.session = folder, model, session
@@ -147,15 +149,12 @@ async def ours(bench: Bench) -> Ask:
 
 
 async def nixl(bench: Bench) -> Ask:
-    packages = bench.folder / "nixl"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), *NIXL]
-    await asyncio.to_thread(subprocess.run, pip, check=True)
     config = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"})
     for role in ("prefill", "decode"):
         environment = {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": bench.addresses[role],
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(SIDE_CHANNEL_PORT),
-            "PYTHONPATH": str(packages),
+            "PYTHONPATH": str(bench.packages),
             "UCX_TLS": "tcp",
         }
         bench.start_vllm(role, config, environment)
@@ -189,7 +188,7 @@ async def measure(ask: Ask, ids: list[int], rounds: int, offset: int) -> Iterato
     return iter(results)
 
 
-async def main(arguments: argparse.Namespace, link: WanLink) -> None:
+async def main(arguments: argparse.Namespace, link: WanLink, packages: Path) -> None:
     model = str(ensure_model("smollm2"))
     ids = load_tokenizer(model).encode(PASSAGE * 80)
     found: dict[str, dict[int, list[float]]] = {}
@@ -198,7 +197,7 @@ async def main(arguments: argparse.Namespace, link: WanLink) -> None:
         # Control sockets have short paths.
         with tempfile.TemporaryDirectory() as folder:
             async with aiohttp.ClientSession(timeout=timeout) as session:
-                bench = Bench(link, Path(folder), model, session)
+                bench = Bench(link, Path(folder), packages, model, session)
                 try:
                     found[name] = dict(await measure(await system(bench), ids, arguments.rounds, len(found)))
                 finally:
@@ -220,6 +219,9 @@ if __name__ == "__main__":
     parser.add_argument("--rate-mbit", type=float, default=1000)
     parser.add_argument("--rtt-ms", type=float, default=20)
     given = parser.parse_args()
-    with wan_link(rate_bits_per_s=given.rate_mbit * 1e6, rtt_s=given.rtt_ms / 1e3) as made:
-        made.near.enter()
-        asyncio.run(main(given, made))
+    with tempfile.TemporaryDirectory() as target:
+        install = ["install", "--quiet", "--no-deps", "--target", target, *NIXL]
+        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+        with wan_link(rate_bits_per_s=given.rate_mbit * 1e6, rtt_s=given.rtt_ms / 1e3) as made:
+            made.near.enter()
+            asyncio.run(main(given, made, Path(target)))
