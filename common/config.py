@@ -399,6 +399,11 @@ class VllmConfig:
     control: str = setting(
         "", "folder of the sockets to its connector (kv_connector_extra_config.control); empty = the node makes one"
     )
+    events: str = setting(
+        "",
+        "ZeroMQ endpoint of its KV events, with vllm.url: what its prefix cache holds is then told to routers, and not "
+        "sent to it",
+    )
     arguments: str = setting("", "further arguments of the `vllm serve` that the node starts, as in a shell")
     start_s: float = setting(900.0, "longest that vLLM may take to load the model", Between(1, 86400))
     stall_s: float = setting(

@@ -158,13 +158,18 @@ class DecodeRun:
     def _held(self, end: int) -> int:
         """Tokens of the context that this node's pool has; they are pinned from now on."""
         call, service = self.call, self.service
-        store = service.engine.prefixes
-        if store is None or not end:
+        store, mirror = service.engine.prefixes, service.engine.mirror
+        if not end or (store is None and mirror is None):
             return 0
-        self.hold = store.hold([*call.prompt_token_ids, *call.output_token_ids][:end], call.tenant)
+        context = [*call.prompt_token_ids, *call.output_token_ids][:end]
+        if store is not None:
+            self.hold = store.hold(context, call.tenant)
+            held_tokens = self.hold.tokens
+        elif mirror is not None:
+            held_tokens = mirror.held_tokens(context, call.tenant)
         service.metrics.prefix_asked_tokens.labels("decode").inc(end)
-        service.metrics.prefix_held_tokens.labels("decode").inc(self.hold.tokens)
-        return self.hold.tokens
+        service.metrics.prefix_held_tokens.labels("decode").inc(held_tokens)
+        return held_tokens
 
     def _request(self) -> DecodeRequest:
         call = self.call

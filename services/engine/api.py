@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from prfaas.common.kv_layout import KvLayout
 from prfaas.common.perfmodel.profiles import NodeProfile
+from prfaas.common.prefixcache.events import Event
 from prfaas.services.engine.prefix_store import Hold, PrefixStore
 from prfaas.transport.api import KvReceiver, KvSender, TransferReport
 
@@ -231,6 +232,18 @@ class Forwarding(Protocol):
         ...
 
 
+class CacheMirror(Protocol):
+    """What is known of a prefix cache that is the engine's own. Nothing in it is pinned."""
+
+    def held_tokens(self, token_ids: Sequence[int], tenant: str) -> int:
+        """Of these, from the first on, that the engine would find now."""
+        ...
+
+    def drain_events(self) -> list[Event]: ...
+
+    def contents(self) -> list[Event]: ...
+
+
 class Engine(Protocol):
     """Methods are called on the event loop's thread.
 
@@ -257,6 +270,11 @@ class Engine(Protocol):
     @property
     def prefixes(self) -> PrefixStore | None:
         """The KV of prefixes that it keeps; None: none. Valid after `start`; `close` closes it."""
+        ...
+
+    @property
+    def mirror(self) -> CacheMirror | None:
+        """Of an engine with a prefix cache of its own: what it tells of it. Valid after `start`."""
         ...
 
     @property

@@ -131,6 +131,8 @@ class Node:
             self.endpoint.on_fetch(store.serve_fetch)
             metrics.prefix_capacity_bytes.set(store.capacity_bytes)
             metrics.prefix_used_bytes.set_function(lambda: store.used_bytes)
+        elif self.engine.mirror is not None:
+            self._pool = PoolNews(self.engine.mirror)
         metrics.arena_bytes.set(info.arena_bytes)
         metrics.running_requests.set_function(lambda: self.engine.load().running_requests)
         metrics.queued_tokens.set_function(lambda: self.engine.load().queued_tokens)

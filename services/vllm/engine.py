@@ -32,7 +32,9 @@ from prfaas.services.vllm.client import VllmClient
 from prfaas.services.vllm.decoding import DecodeLife, VllmLife
 from prfaas.services.vllm.desk import Desk
 from prfaas.services.vllm.forwarding import ForwardLife, VllmForwarding
+from prfaas.services.vllm.kv_events import KvEvents
 from prfaas.services.vllm.prefilling import PrefillLife
+from prfaas.services.vllm.prefix_mirror import PrefixMirror
 from prfaas.services.vllm.process import HOST, VllmProcess, free_port, serve_command
 from prfaas.services.vllm.workers import Workers
 from prfaas.transport.api import KvReceiver, KvSender
@@ -41,7 +43,7 @@ _log = log.get_logger("vllm")
 
 
 class VllmEngine:
-    """`prefixes` is None: vLLM has a prefix cache of its own."""
+    """`prefixes` is None: vLLM has a prefix cache of its own, and `mirror` is what is known of it."""
 
     prefixes = None
 
@@ -52,6 +54,8 @@ class VllmEngine:
         self._process: VllmProcess | None = None
         self._workers: Workers | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._events: KvEvents | None = None
+        self.mirror: PrefixMirror | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._profile: NodeProfile | None = None
         self._failure: str | None = None
@@ -94,7 +98,7 @@ class VllmEngine:
             # Streams of hours; a limit of connections would be one of requests.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
             self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
-            client, control = await self._serving(self._session)
+            client, control, events = await self._serving(self._session)
             served_model, max_model_tokens = await client.model()
             workers = Workers(control, config.arena_bytes, self._vllm.layer_wait_s, self._workers_failed)
             self._workers = workers
@@ -109,6 +113,10 @@ class VllmEngine:
                 eos_token_ids=read_eos_token_ids(directory),
                 arena_bytes=config.arena_bytes,
             )
+            if events:
+                mirror = PrefixMirror(info.model_fingerprint, config.prefix_block_tokens)
+                self._events = KvEvents(events, mirror)
+                self.mirror = mirror
         except BaseException:
             fingerprint.cancel()
             await self.close()
@@ -120,29 +128,32 @@ class VllmEngine:
         self._desk = Desk(config, self._vllm, info, served_model, client, workers, line, measured)
         _log.info("vLLM is attached", vllm=ready.vllm, ranks=ready.ranks, kv_tokens=ready.kv_tokens)
 
-    async def _serving(self, session: aiohttp.ClientSession) -> tuple[VllmClient, str]:
-        """A vLLM that serves, and its control folder."""
+    async def _serving(self, session: aiohttp.ClientSession) -> tuple[VllmClient, str, str]:
+        """A vLLM that serves, its control folder, and where its KV events are."""
         vllm = self._vllm
         if vllm.url:
             client = VllmClient(session, vllm.url)
             if not await client.healthy():
                 raise ConfigError([f"vllm.url = {vllm.url}: no vLLM answers there"])
-            return client, vllm.control
+            return client, vllm.control, vllm.events
         self._folder = tempfile.TemporaryDirectory(prefix="prfaas-vllm-")
         control = vllm.control or self._folder.name
         port = free_port()
         name = self._config.served_model or PurePath(self._config.model).name
         client = VllmClient(session, f"http://{HOST}:{port}")
-        command = serve_command(self._config, vllm, name, port, control)
+        events = vllm.events or f"ipc://{self._folder.name}/events"
+        command = serve_command(self._config, vllm, name, port, control, events)
         self._process = VllmProcess(command, self._failed)
         await self._process.start(client, vllm.start_s)
-        return client, control
+        return client, control, events
 
     async def close(self) -> None:
         for life in list(self._lives):
             life.stream.fail(EngineError("the engine is closing"))
         await asyncio.gather(*(life.stream.aclose() for life in list(self._lives)))
         self._desk = None
+        if self._events is not None:
+            await self._events.close()
         if self._workers is not None:
             await self._workers.close()
         if self._session is not None:

@@ -43,7 +43,14 @@ def transfer_config(control: str) -> str:
     )
 
 
-def serve_command(engine: EngineConfig, vllm: VllmConfig, served_model: str, port: int, control: str) -> list[str]:
+def events_config(endpoint: str) -> str:
+    """For --kv-events-config."""
+    return json.dumps({"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint})
+
+
+def serve_command(
+    engine: EngineConfig, vllm: VllmConfig, served_model: str, port: int, control: str, events: str
+) -> list[str]:
     """`vllm.arguments` come last, so that they win. Raises ConfigError."""
     try:
         further = shlex.split(vllm.arguments)
@@ -54,7 +61,8 @@ def serve_command(engine: EngineConfig, vllm: VllmConfig, served_model: str, por
     command += ["--dtype", engine.dtype, "--max-num-seqs", str(engine.max_batch)]
     if engine.max_model_tokens:
         command += ["--max-model-len", str(engine.max_model_tokens)]
-    return [*command, "--kv-transfer-config", transfer_config(control), *further]
+    command += ["--kv-transfer-config", transfer_config(control), "--kv-events-config", events_config(events)]
+    return [*command, *further]
 
 
 def free_port() -> int:

@@ -104,6 +104,9 @@ class Process:
 class Cluster:
     """prefill region --WAN-- home region (router, decode). All processes by name in `processes`."""
 
+    start_s = START_S
+    """For all nodes to be there."""
+
     def __init__(self, folder: Path, session: aiohttp.ClientSession) -> None:
         self.folder, self.session = folder, session
         self.logs_to: dict[str, Path] = {}
@@ -206,7 +209,8 @@ class Cluster:
             lambda m: (
                 m.get("prfaas_router_nodes", {}).get('role="prefill",state="usable"', 0) == 1
                 and m["prfaas_router_nodes"].get('role="decode",state="usable"', 0) == 1
-            )
+            ),
+            timeout_s=self.start_s,
         )
         # Lanes are opened before they are needed; the tests that count them start from a settled state.
         await self.wait_for(lambda m: m["prfaas_transport_lanes"][""] == LANES, "decode")

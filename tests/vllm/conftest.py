@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,8 @@ class VllmServer:
 class VllmCluster(Cluster):
     """`servers`: the vLLM of each role."""
 
+    start_s = START_S
+
     def __init__(self, folder: Path, session: aiohttp.ClientSession, model: str) -> None:
         super().__init__(folder, session)
         self.model = model
@@ -153,6 +157,41 @@ class VllmCluster(Cluster):
             self.processes[f"vllm-{role}"] = server.process
         await asyncio.gather(*(server.ready(self.session) for server in self.servers.values()))
         await self.start_nodes()
+
+    def _add(self, name: str, arguments: list[str], url: str) -> Process:
+        """A node's own vLLM has a core, as the others have."""
+        if name not in ("prefill", "decode"):
+            return super()._add(name, arguments, url)
+        core = 0 if name == "prefill" else 1
+        bound = ["env", f"VLLM_CPU_OMP_THREADS_BIND={core % CORES}", sys.executable, "-m", *arguments]
+        process = self.processes[name] = Process(name, bound, url, self.folder / f"{name}.log", own=True)
+        return process
+
+    async def start_own(self, arguments: list[str]) -> None:
+        """Nodes that start a vLLM each."""
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+        os.environ.update(environment)
+        try:
+            await self.start(
+                ["--engine", "vllm", "--model", self.model, "--engine-arena-bytes", "512M"],
+                ["--model", self.model],
+                rate_mbit=1000,
+                prefill=["--vllm-arguments", shlex.join(arguments)],
+                decode=["--vllm-arguments", shlex.join(arguments)],
+            )
+        finally:
+            for name in environment:
+                del os.environ[name]
+
+    async def alone(self, prompt: list[int], tokens: int) -> Any:
+        """What the decode node's vLLM answers when it prefills the prompt itself; with logprobs."""
+        body = {"model": await self.models(), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "logprobs": 2, "cache_salt": uuid.uuid4().hex}
+        headers = {"x-prfaas-pin-route": "local"}
+        async with self.session.post(self.router_url + "/v1/completions", json=body, headers=headers) as response:
+            answer = await response.json()
+            assert response.status == 200, f"{answer}\n{self.logs()}"
+            return answer["choices"][0]
 
     async def mend(self) -> None:
         """What has been killed is started again."""
@@ -268,6 +307,22 @@ def prompts(smollm2_dir: Path) -> dict[int, list[int]]:
 
     ids = load_tokenizer(str(smollm2_dir)).encode(PASSAGE * 60)
     return {length: ids[length % 7 : length % 7 + length] for length in LENGTHS}
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that it has started, and theirs."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, left = [], [pid]
+    while left:
+        more = children.get(left.pop(), [])
+        found += more
+        left += more
+    return found
 
 
 def near_tie(choice: Any, text: str) -> float | None:

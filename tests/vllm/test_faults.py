@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.conftest import NEAR_TIE, VllmCluster, near_tie
+from tests.vllm.conftest import NEAR_TIE, VllmCluster, descendants, near_tie
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 
@@ -40,17 +40,8 @@ async def under_way(cluster: VllmCluster) -> None:
 
 def processor_s(process: Any) -> float:
     """CPU seconds so far of a process and its descendants."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents.setdefault(int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]), []).append(
-                    int(entry.name)
-                )
-    ticks, left = 0, [process.pid]
-    while left:
-        pid = left.pop()
-        left += parents.get(pid, [])
+    ticks = 0
+    for pid in (process.pid, *descendants(process.pid)):
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
             ticks += int(fields[11]) + int(fields[12])

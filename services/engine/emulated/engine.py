@@ -38,6 +38,7 @@ class EmulatedEngine:
     """services.engine.api.Engine. Finished jobs leave the load by themselves, closed or not."""
 
     forwarding = None
+    mirror = None
     failure: str | None = None
     """Its work is tasks of the event loop: there is no thread that could die alone."""
 

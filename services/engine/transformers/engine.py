@@ -33,6 +33,7 @@ class TransformersEngine:
     """`services.engine.api.Engine` on transformers' own modules."""
 
     forwarding = None
+    mirror = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
