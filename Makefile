@@ -49,7 +49,7 @@ vllm-env: $(STAMP)
 	@$(BIN)/python .ci/vllm_env.py
 
 test-vllm: vllm-env model
-	@.venv-vllm/bin/pytest -m vllm tests/vllm $(ARGS)
+	@.venv-vllm/bin/pytest -m "vllm and not matrix" tests/vllm $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -262,7 +262,7 @@ class DecodeLife(VllmLife[TokenEvent | DecodeDone]):
             "ignore_eos": sampling.ignore_eos,
             "stop_token_ids": list(sampling.stop_token_ids),
             "return_token_ids": True,
-            "cache_salt": request.tenant or None,
+            "cache_salt": self._desk.salt(request.tenant),
             **self._params(),
         }
 

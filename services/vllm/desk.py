@@ -10,6 +10,7 @@ from prfaas.services.engine.api import EngineInfo
 from prfaas.services.engine.measured_profile import MeasuredProfile
 from prfaas.services.engine.prefill_line import PrefillLine
 from prfaas.services.vllm.client import VllmClient
+from prfaas.services.vllm.prefix_mirror import PrefixMirror, salt_of
 from prfaas.services.vllm.workers import Workers
 
 STEP_WEIGHT = 0.1
@@ -37,7 +38,14 @@ class Desk:
     workers: Workers
     line: PrefillLine
     measured: MeasuredProfile
+    mirror: PrefixMirror | None
     step: StepTime = field(default_factory=StepTime)
+
+    def salt(self, tenant: str) -> str | None:
+        """`cache_salt` for a request of this tenant's."""
+        if self.mirror is not None:
+            self.mirror.learn(tenant)
+        return salt_of(tenant)
 
     def check_length(self, tokens: int) -> None:
         """Raises RequestError."""

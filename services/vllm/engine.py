@@ -125,7 +125,7 @@ class VllmEngine:
         kv_capacity_bytes = workers.layout.bytes_per_token * ready.kv_tokens
         measured = MeasuredProfile(info.model, hardware, info.layout, config.max_batch, max(1, kv_capacity_bytes))
         line = PrefillLine(config.max_prefills)
-        self._desk = Desk(config, self._vllm, info, served_model, client, workers, line, measured)
+        self._desk = Desk(config, self._vllm, info, served_model, client, workers, line, measured, self.mirror)
         _log.info("vLLM is attached", vllm=ready.vllm, ranks=ready.ranks, kv_tokens=ready.kv_tokens)
 
     async def _serving(self, session: aiohttp.ClientSession) -> tuple[VllmClient, str, str]:

@@ -79,7 +79,7 @@ class ForwardLife(VllmLife[ForwardedChunk]):
             "model": self._desk.served_model,
             "return_token_ids": True,
             "request_id": request.request_id,
-            "cache_salt": request.tenant or None,
+            "cache_salt": self._desk.salt(request.tenant),
             **self._params(),
         }
         body.pop("priority", None)  # it has had its effect, in our queues; vLLM refuses it unless told to heed it

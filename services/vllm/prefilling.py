@@ -135,7 +135,7 @@ class PrefillLife:
             "prompt": list(request.prompt_token_ids[:-1]),
             "max_tokens": 1,
             "temperature": 0,
-            "cache_salt": request.tenant or None,
+            "cache_salt": desk.salt(request.tenant),
             "kv_transfer_params": {PARAMS_KEY: params},
         }
         try:

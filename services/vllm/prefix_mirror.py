@@ -8,8 +8,9 @@ may have evicted a block by the time that a request comes to it, and then comput
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -61,13 +62,19 @@ class _Block:
     keys: tuple[bytes, ...]
 
 
+def salt_of(tenant: str) -> str | None:
+    """vLLM's `cache_salt` of a tenant's requests: ours may have characters that vLLM's may not. None: everybody's."""
+    return blake2b(tenant.encode(), digest_size=16).hexdigest() if tenant else None
+
+
 class PrefixMirror:
     def __init__(self, model_fingerprint: str, block_tokens: int) -> None:
         """block_tokens: of our keys."""
         self._fingerprint = model_fingerprint
         self._block_tokens = block_tokens
         self._vllm_block_tokens = 1
-        self._hashers: dict[str, BlockHasher] = {}
+        self._hashers: dict[str | None, BlockHasher] = {}
+        """By salt: of the tenants that this node has had requests of."""
         self._blocks: dict[Hash, _Block] = {}
         self._holders: dict[bytes, int] = {}
         """Our keys, and how many of vLLM's blocks complete each."""
@@ -104,10 +111,10 @@ class PrefixMirror:
             if len(tokens) < event.block_size or len(self._blocks) >= MAX_BLOCKS:
                 return
             if before is None:
-                salt = _salt(event.extra_keys[i] if event.extra_keys else None)
-                if salt is None:
+                hasher = self._hasher_of(event.extra_keys[i] if event.extra_keys else None)
+                if hasher is None:
                     return
-                before = _Block(self._hasher(salt), None, (), ())
+                before = _Block(hasher, None, (), ())
             known = self._blocks.get(block_hash)
             before = known or self._add(block_hash, before, tokens)
 
@@ -136,19 +143,27 @@ class PrefixMirror:
                     gone.append(key)
         self._events += [BlocksEvicted(run) for run in in_runs(gone)]
 
-    def _hasher(self, tenant: str) -> BlockHasher:
-        if len(self._hashers) >= MAX_HASHERS:
-            self._hashers.clear()
-        if tenant not in self._hashers:
-            self._hashers[tenant] = BlockHasher(self._fingerprint, tenant, self._block_tokens)
-        return self._hashers[tenant]
+    def _hasher_of(self, extra: Sequence[Any] | None) -> BlockHasher | None:
+        """extra: what is in the hash of a prompt's first block beside its tokens; None: we don't know whose it is."""
+        if not extra:
+            return self.learn("")
+        return self._hashers.get(extra[0]) if len(extra) == 1 else None
 
     # -- for our node -----------------------------------------------------------------------------------------------
+
+    def learn(self, tenant: str) -> BlockHasher:
+        """vLLM is going to be given a request of this tenant's."""
+        salt = salt_of(tenant)
+        if salt not in self._hashers:
+            if len(self._hashers) >= MAX_HASHERS:
+                self._hashers.clear()
+            self._hashers[salt] = BlockHasher(self._fingerprint, tenant, self._block_tokens)
+        return self._hashers[salt]
 
     def held_tokens(self, token_ids: Sequence[int], tenant: str) -> int:
         """Of these, from the first on, that vLLM would find in its cache now: whole blocks of its own."""
         held = 0
-        for key in self._hasher(tenant).keys(token_ids):
+        for key in self.learn(tenant).keys(token_ids):
             if key not in self._holders:
                 break
             held += self._block_tokens
@@ -162,12 +177,3 @@ class PrefixMirror:
     def contents(self) -> list[Event]:
         """Parents before their children: in the order in which they came."""
         return [event for key, parent in self._parents.items() for event in added(parent, [key])]
-
-
-def _salt(extra: Sequence[Any] | Mapping[str, Any] | None) -> str | None:
-    """Of a prompt's first block: whose it is; None: something else is in its hash that we don't know."""
-    if not extra:
-        return ""
-    if len(extra) == 1 and isinstance(extra[0], str):  # type: ignore[index]
-        return str(extra[0])  # type: ignore[index]
-    return None

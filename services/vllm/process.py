@@ -27,6 +27,8 @@ LINES_KEPT = 15
 PROBE_EACH_S = 0.25
 END_S = 15.0
 """After SIGTERM; then it is killed."""
+GONE_S, LOOK_EACH_S = 5.0, 0.05
+"""For killed processes to be gone: the kernel gives their memory back first."""
 
 _log = log.get_logger("vllm")
 
@@ -128,6 +130,11 @@ class VllmProcess:
         await asyncio.wait([self._watching], timeout=END_S)
         _signal_group(process.pid, signal.SIGKILL)
         await asyncio.wait([self._watching])
+        # Its children are nobody's to wait for: they can only be looked for.
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(int(GONE_S / LOOK_EACH_S)):
+                os.killpg(process.pid, 0)
+                await asyncio.sleep(LOOK_EACH_S)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None

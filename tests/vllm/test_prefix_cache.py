@@ -1,4 +1,4 @@
-"""vLLM's prefix cache, compiled: nodes start their vLLM themselves here. What the decode side holds is not sent, what
+"""vLLM's prefix cache: nodes start their vLLM themselves here. What the decode side holds is not sent, what
 the prefill side holds is sent without being computed, and the answers are the same."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ async def asked(cluster: Any, prompt: list[int], **fields: Any) -> tuple[dict[st
 
 async def test_a_prefix_that_decode_holds_is_not_sent(smollm2_dir: Path, tmp_path: Path, prompts: Any) -> None:
     async with cluster_of(smollm2_dir, tmp_path) as cluster:
-        await cluster.start_own(["--max-model-len", "4096", "--enable-prefix-caching"])
+        await cluster.start_own(["--max-model-len", "4096", "--enable-prefix-caching", "--enforce-eager"])
         bytes_per_token = 30 * 2 * 3 * 64 * 2
         first, longer = prompts[700], [*prompts[700], *prompts[257]]
         _, timeline = await asked(cluster, first)

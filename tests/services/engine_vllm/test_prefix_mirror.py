@@ -7,7 +7,7 @@ import pytest
 from prfaas.common.prefixcache.events import BlocksAdded, BlocksEvicted, Reset
 from prfaas.common.prefixcache.hashes import BlockHasher
 from prfaas.common.prefixcache.index import PrefixIndex
-from prfaas.services.vllm.prefix_mirror import Cleared, PrefixMirror, Removed, Stored, VllmEvents
+from prfaas.services.vllm.prefix_mirror import Cleared, PrefixMirror, Removed, Stored, VllmEvents, salt_of
 
 MODEL = "f" * 32
 IDS = list(range(1000, 1640))
@@ -72,8 +72,14 @@ def test_what_vllm_gives_up_is_given_up() -> None:
 
 
 def test_a_salt_keeps_prompts_apart() -> None:
-    mirror = mirror_of(stored(0, 2, 128, salt="mine"))
-    assert mirror.held_tokens(IDS, "mine") == 256
+    salt = salt_of("mine/and@yours")
+    assert salt is not None
+    mirror = PrefixMirror(MODEL, 64)
+    mirror.apply(VllmEvents(0.0, [stored(0, 2, 128, salt=salt)]))
+    assert not mirror.drain_events()  # of a tenant that is none of ours
+    mirror.learn("mine/and@yours")
+    mirror.apply(VllmEvents(0.0, [stored(0, 2, 128, salt=salt)]))
+    assert mirror.held_tokens(IDS, "mine/and@yours") == 256
     assert mirror.held_tokens(IDS, "") == 0
 
 
