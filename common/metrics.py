@@ -111,6 +111,13 @@ class NodeMetrics:
         self.local_prefills = Counter(
             "prfaas_node_local_prefills", "Prefills done by a decode node itself", registry=registry
         )
+        self.kv_unused = Counter(
+            "prfaas_node_kv_unused",
+            "Transfers whose KV the engine did not take (held: it had the prompt; prefix_gone: not any more what comes "
+            "before; other_prompt: than was sent); it has computed what it lacked",
+            ["reason"],
+            registry=registry,
+        )
         self.prefix_asked_tokens = Counter(
             "prfaas_node_prefix_asked_tokens", "Prompt tokens looked up in the prefix pool", ["role"], registry=registry
         )

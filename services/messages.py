@@ -113,6 +113,8 @@ class Heartbeat(msgspec.Struct, frozen=True, omit_defaults=True):
     """The most nodes that a router says there are."""
     forwards: bool = False
     """As a decode node it takes clients' bodies as they are: its engine has an OpenAI server of its own."""
+    adapters: list[str] = []
+    """Names of fine-tuned variants (LoRA) that its engine serves beside the model, of which KV is their own."""
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -341,6 +343,8 @@ class PrefillCall(msgspec.Struct, frozen=True, omit_defaults=True):
     fetch: FetchFrom | None = None
     traceparent: str = ""
     priority: Priority = 0
+    adapter: str = ""
+    """As the decode node's engine will use; "": the model itself."""
 
 
 class PrefillResult(msgspec.Struct, frozen=True, omit_defaults=True):

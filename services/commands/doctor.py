@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from prfaas.common.config import FLAG_ALIASES, Config, is_loopback, parse_address
+from prfaas.common.config import FLAG_ALIASES, Config, VllmConfig, is_loopback, parse_address
 from prfaas.common.errors import ConfigError, PrfaasError
 from prfaas.services.commands.flags import add_config_flags, load_config, new_parser
+from prfaas.services.engine.vllm.version import check_version
 from prfaas.services.model_store import PACKAGED, find_model
 from rich.console import Console
 from rich.text import Text
@@ -138,10 +139,31 @@ def check_config(config: Config, file_name: str | None) -> Iterator[Finding]:
     ):
         yield check_port(key, bind)
     yield check_memory(config.engine.arena_bytes)
-    if config.engine.kind == "emulated":
+    if config.engine.kind == "vllm":
+        yield check_vllm(config.vllm)
+        yield Finding("model", "ok", "vLLM says at its start whether it can serve it")
+    elif config.engine.kind == "emulated":
         yield Finding("model", "ok", "the emulated engine needs none")
     else:
         yield check_model(config.engine.model or config.router.model_path or "smollm2")
+
+
+def check_vllm(vllm: VllmConfig) -> Finding:
+    """The one that a node would start, or the sockets of the one that runs."""
+    if vllm.url:
+        sockets = sorted(Path(vllm.control).glob("rank-*.sock")) if vllm.control else []
+        if sockets:
+            return Finding("vllm", "ok", f"{vllm.control} has the sockets of {len(sockets)} worker(s)")
+        mend = "start it with --kv-transfer-config as docs/vllm.md says, and name the same folder"
+        return Finding("vllm", "fail", f"vllm.control = {vllm.control!r} has no sockets of a vLLM", mend)
+    try:
+        version = importlib.metadata.version("vllm")
+        check_version(version)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("vllm", "fail", "vLLM is not installed in this environment", "make vllm-env, or set vllm.url")
+    except ConfigError as error:
+        return Finding("vllm", "fail", str(error), "install a supported release")
+    return Finding("vllm", "ok", f"vLLM {version} is supported")
 
 
 def _check_secret(config: Config) -> Iterator[Finding]:

@@ -52,7 +52,7 @@ class ForwardedRun(DecodeRun):
             self.out.send_event("ticket", self.ticket)
             async for event in self.forwarded:
                 if isinstance(event, DecodeTimeline):
-                    self.engine_timeline = event
+                    self._joined(event)
                 else:
                     await self._relay(event)
             if self.call.format.stream:

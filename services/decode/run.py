@@ -117,7 +117,7 @@ class DecodeRun:
                     if output.stopped:
                         break
                 elif isinstance(event, DecodeTimeline):
-                    self.engine_timeline = event
+                    self._joined(event)
                 elif isinstance(event, DecodeDone):
                     reason = str(event.reason)
             self._finish(format, output, unseen, reason)
@@ -198,6 +198,12 @@ class DecodeRun:
         if call.format.stream:
             return ChunkFormat(call.format, len(call.prompt_token_ids), resumed=bool(call.output_token_ids))
         return WholeFormat(call.format, len(call.prompt_token_ids))
+
+    def _joined(self, timeline: DecodeTimeline) -> None:
+        self.engine_timeline = timeline
+        if timeline.kv_unused:
+            self.service.metrics.kv_unused.labels(timeline.kv_unused).inc()
+            _log.warning("KV was not used", reason=timeline.kv_unused)
 
     def _counted(self, at_s: float) -> None:
         """A token of output."""

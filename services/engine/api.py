@@ -83,6 +83,8 @@ class PrefillRequest:
     hold: Hold | None = None
     priority: int = 0
     """See `rank_s`."""
+    adapter: str = ""
+    """Of those in `Forwarding.adapters`; "": the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,8 @@ class DecodeTimeline:
     queued_s: float | None = None
     started_s: float | None = None
     ended_s: float | None = None
+    kv_unused: str = ""
+    """Why the engine has not taken the KV that came, in a word; "": it has, or none came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +226,11 @@ class EventStream(Protocol[E_co]):
 class Forwarding(Protocol):
     """Of an engine that has an OpenAI server of its own, which knows more than ours: tools, structured output,
     reasoning, adapters."""
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Names of the model's variants that it serves too."""
+        ...
 
     async def prompt(self, kind: Literal["chat", "completion"], body: Mapping[str, Any]) -> list[int]:
         """The token ids that the engine makes of the body. Raises RequestError, EngineError."""

@@ -297,6 +297,7 @@ class Node:
             planner_bid_s=self.roles.grant.bid_s,
             nodes_counted=self._nodes.most(now_s),
             forwards=self.engine.forwarding is not None,
+            adapters=list(self.engine.forwarding.adapters) if self.engine.forwarding is not None else [],
         )
         if self._pool is None or self.leaving:
             return heartbeat

@@ -87,6 +87,8 @@ class _Prefill:
         response begins."""
         call, service = self.call, self.service
         tokens = len(call.prompt_token_ids)
+        if call.adapter and service.engine.forwarding is None:
+            raise RequestError("this node's engine has no adapters", code="adapter")
         addresses = [KvAddress(a.host, a.port, a.rank) for a in call.kv_addresses]
         traceparent = "" if self.trace is None else self.trace.traceparent
         self.sender = service.endpoint.sender(call.ticket, call.decode_node, addresses, traceparent)
@@ -113,7 +115,7 @@ class _Prefill:
         if timeout_s is not None:
             timeout_s = max(0.0, timeout_s - (time.monotonic() - self.received_s))
         request = PrefillRequest(
-            call.request_id, call.prompt_token_ids, timeout_s, call.tenant, self.hold, call.priority
+            call.request_id, call.prompt_token_ids, timeout_s, call.tenant, self.hold, call.priority, call.adapter
         )
         self.events = self.service.engine.prefill(request, [sender])
 

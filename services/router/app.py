@@ -131,7 +131,7 @@ class Router:
         """Raises ModelNotFoundError, UnavailableError."""
         if not self.served_model:
             raise UnavailableError("no node has registered yet; try again", retry_after_s=2)
-        if model != self.served_model:
+        if model != self.served_model and model not in self.registry.adapters:
             raise ModelNotFoundError(
                 f"the model {model[:200]!r} does not exist; this cluster serves {self.served_model!r}",
                 param="model",
@@ -189,13 +189,17 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
     try:
         api_key = router.authenticate(http)
         wishes = read_wishes(http.headers)
-        request = await router.prompts.parse(kind, await read_body(http), router.registry.forwards)
+        registry = router.registry
+        request = await router.prompts.parse(kind, await read_body(http), registry.forwards, registry.adapters)
         router.check_model(request.model)
         router.quotas.check_priority(api_key, request.priority)
         prompt = await router.prompts.tokenize(request)
         metrics.prompt_tokens.inc(prompt.tokens)
         longest = router.max_output_tokens(request, prompt.tokens)
         tenant = tenant_of(router.config.share_prefixes, request.cache_salt, api_key, http[REQUEST_ID])
+        adapter = request.model if request.model in registry.adapters else ""
+        if adapter:  # its KV is its own
+            tenant = f"{tenant}/adapter/{adapter}"
         hasher = router.prefixes.hasher(tenant)
         keys = await router.prompts.keys(hasher, prompt) if hasher is not None else ()
         router.admit(api_key, prompt.tokens + longest, arrived_s)
@@ -209,6 +213,7 @@ async def _generate(http: web.Request, kind: Kind) -> web.StreamResponse:
             deadline_s=arrived_s + router.config.request_timeout_s,
             wishes=wishes,
             tenant=tenant,
+            adapter=adapter,
             keys=keys,
             ended=lambda tokens: router.quotas.give_back(api_key, longest - tokens),
             trace=router.trace(http, arrived_s),
@@ -245,7 +250,7 @@ async def tokenize(http: web.Request) -> web.Response:
     router.authenticate(http)
     body = await read_body(http)
     kind: Kind = "chat" if b'"messages"' in body else "completion"
-    request = await router.prompts.parse(kind, body, router.registry.forwards)
+    request = await router.prompts.parse(kind, body, router.registry.forwards, router.registry.adapters)
     router.check_model(request.model)
     prompt = await router.prompts.tokenize(request)
     return json_response(
@@ -269,7 +274,9 @@ def _model_object(router: Router) -> Mapping[str, object]:
 async def models(http: web.Request) -> web.Response:
     router = http.app[ROUTER]
     router.authenticate(http)
-    return json_response({"object": "list", "data": [_model_object(router)] if router.served_model else []})
+    data = [_model_object(router)] if router.served_model else []
+    data += [dict(data[0]) | {"id": name, "parent": router.served_model} for name in sorted(router.registry.adapters)]
+    return json_response({"object": "list", "data": data})
 
 
 async def model(http: web.Request) -> web.Response:

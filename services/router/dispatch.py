@@ -98,6 +98,8 @@ class Job:
     wishes: Wishes = NO_WISHES
     tenant: str = ""
     """Whose cached prefixes it may use."""
+    adapter: str = ""
+    """The model's variant that is asked for; "": the model itself."""
     keys: Sequence[BlockKey] = ()
     """Of the prompt's blocks."""
     ended: Callable[[int], None] = _nothing
@@ -450,6 +452,7 @@ class Dispatcher:
             attempt.fetch,
             job.traceparent,
             job.request.priority,
+            job.adapter,
         )
 
         prefill = attempt.prefill

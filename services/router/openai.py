@@ -130,13 +130,14 @@ NEVER = frozenset({"n", "best_of", "use_beam_search", "suffix", "modalities", "a
 """Of these, what doesn't go with KV from elsewhere, whatever the engine."""
 
 
-def parse_request(kind: Kind, body: Any, forwards: bool = False) -> GenerationRequest:
-    """`body`: parsed JSON. forwards: the decode nodes take it as it is. Raises RequestError or UnsupportedError naming
-    the field in `param`."""
+def parse_request(kind: Kind, body: Any, forwards: bool = False, adapters: Set[str] = frozenset()) -> GenerationRequest:
+    """`body`: parsed JSON. forwards: the decode nodes take it as it is. adapters: models that only their engines know.
+    Raises RequestError or UnsupportedError naming the field in `param`."""
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {_json_type(body)}")
     _refuse_unsupported(kind, body, NEVER if forwards else NEUTRAL.keys(), unknown_too=not forwards)
-    forward = body if forwards and (kind == "chat" or not _is_ours(kind, body)) else None
+    theirs = kind == "chat" or body.get("model") in adapters or not _is_ours(kind, body)
+    forward = body if forwards and theirs else None
     stream = _boolean(body, "stream")
     include_usage, continuous_usage = _stream_options(body, stream)
     max_output_tokens = _max_output_tokens(body)

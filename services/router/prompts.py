@@ -7,7 +7,7 @@ costs the loop a late wake-up, not the sum of all such calls.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +50,14 @@ class Prompts:
         self._short.shutdown(wait=False, cancel_futures=True)
         self._long.shutdown(wait=False, cancel_futures=True)
 
-    async def parse(self, kind: Kind, body: bytes, forwards: bool = False) -> GenerationRequest:
-        """Raises RequestError. forwards: the decode nodes take the body as it is."""
+    async def parse(
+        self, kind: Kind, body: bytes, forwards: bool = False, adapters: Set[str] = frozenset()
+    ) -> GenerationRequest:
+        """As `parse_request`. Raises RequestError."""
         data = await parse_json(body, object, self._long)
-        return await in_thread_if(len(body) > LARGE_BODY_BYTES, self._long, parse_request, kind, data, forwards)
+        return await in_thread_if(
+            len(body) > LARGE_BODY_BYTES, self._long, parse_request, kind, data, forwards, adapters
+        )
 
     async def keys(self, hasher: BlockHasher, prompt: Prompt) -> Sequence[BlockKey]:
         """The keys of the prompt's prefix blocks; 16K tokens take a third of a millisecond."""

@@ -55,6 +55,8 @@ NO_ROLE = -1
 MAX_COUNT = 1 << 53
 """Of tokens, requests or bytes that a node reports: sums of them fit the snapshot's 64 bits."""
 
+MAX_ADAPTERS = 1000
+"""Of one node."""
 ROLES = {"prefill": ROLE_PREFILL, "decode": ROLE_DECODE}
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """Node names go into response headers, logs and metrics."""
@@ -79,6 +81,7 @@ class Node:
     draining: bool
     clock_error_s: float
     forwards: bool = False
+    adapters: Sequence[str] = ()
     reachable: bool = True
     failures: int = 0
     """Calls in a row that did not reach it, those together counted once."""
@@ -180,6 +183,8 @@ class Registry:
         self.max_model_tokens = 0
         self.forwards = False
         """All decode nodes take clients' bodies as they are."""
+        self.adapters: frozenset[str] = frozenset()
+        """That all decode nodes serve."""
 
     # -- heartbeats --------------------------------------------------------------------------------------------------
 
@@ -340,6 +345,9 @@ class Registry:
         self.max_model_tokens = min(node.max_model_tokens for node in alive)
         decode = [node for node in alive if node.role == "decode"]
         self.forwards = bool(decode) and all(node.forwards for node in decode)
+        self.adapters = (
+            frozenset.intersection(*(frozenset(node.adapters) for node in decode)) if decode else frozenset()
+        )
 
     # -- dispatches --------------------------------------------------------------------------------------------------
 
@@ -550,7 +558,7 @@ def _renew(node: Node, message: Heartbeat, url: URL, now_s: float) -> None:
     node.model, node.model_fingerprint = message.model, message.model_fingerprint
     node.layout_hash, node.max_model_tokens = message.layout_hash, message.max_model_tokens
     node.clock_error_s = message.clock_error_s
-    node.forwards = message.forwards
+    node.forwards, node.adapters = message.forwards, message.adapters[:MAX_ADAPTERS]
     node.routers = message.routers
     node.next_role = message.next_role
     node.planner_holder, node.planner_bid_s = message.planner_holder, message.planner_bid_s

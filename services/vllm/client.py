@@ -55,13 +55,14 @@ class VllmClient:
                 return response.status == 200
         return False
 
-    async def model(self) -> tuple[str, int]:
-        """The name that it serves its model under, and the longest context. Raises EngineError."""
+    async def models(self) -> tuple[str, int, list[str]]:
+        """The name that it serves its model under, the longest context, and its adapters' names. Raises EngineError."""
         try:
             async with asyncio.timeout(PROBE_S), self._session.get(f"{self._url}/v1/models") as response:
-                served = (await response.json())["data"][0]
-                return str(served["id"]), int(served["max_model_len"])
-        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, IndexError, ValueError, TypeError) as error:
+                served, *others = (await response.json())["data"]
+                adapters = [str(each["id"]) for each in others if each.get("parent")]
+                return str(served["id"]), int(served["max_model_len"]), adapters
+        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise EngineError(f"{self._url}/v1/models does not answer as vLLM does: {error}") from error
 
     async def complete(self, body: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:

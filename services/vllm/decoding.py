@@ -166,6 +166,7 @@ class VllmLife(ABC, Generic[E]):
         if self._last_s:
             return
         used_s: list[float] = []
+        unused = ""
         if self._transfer is not None:
             try:
                 async with asyncio.timeout(LOADED_WAIT_S):
@@ -173,11 +174,13 @@ class VllmLife(ABC, Generic[E]):
             except TimeoutError:
                 raise EngineError("vLLM answered without its connector's word on the KV") from None
             used_s = self._check(loaded)
+            unused = next((each.skipped for each in loaded if each.skipped), "")
             self._freeing = asyncio.ensure_future(self._free())
         self._last_s = time.monotonic()
         layers = len(self._arrived_s)
         if self._receiver is not None:
-            self.stream.push(DecodeTimeline(list(self._arrived_s), used_s or [self._last_s] * layers))
+            used_s = used_s or [self._last_s] * layers
+            self.stream.push(DecodeTimeline(list(self._arrived_s), used_s, kv_unused=unused))
             return
         used_s = [self._last_s] * layers
         self.stream.push(DecodeTimeline([None] * layers, used_s, self._queued_s, self._released_s, self._last_s))

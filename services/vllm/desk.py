@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prfaas.common.config import EngineConfig, VllmConfig
@@ -39,6 +40,8 @@ class Desk:
     line: PrefillLine
     measured: MeasuredProfile
     mirror: PrefixMirror | None
+    adapters: Sequence[str]
+    """As they were when this node started."""
     step: StepTime = field(default_factory=StepTime)
 
     def salt(self, tenant: str) -> str | None:

@@ -99,7 +99,7 @@ class VllmEngine:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
             self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
             client, control, events = await self._serving(self._session)
-            served_model, max_model_tokens = await client.model()
+            served_model, max_model_tokens, adapters = await client.models()
             workers = Workers(control, config.arena_bytes, self._vllm.layer_wait_s, self._workers_failed)
             self._workers = workers
             ready = await workers.connect()
@@ -125,7 +125,9 @@ class VllmEngine:
         kv_capacity_bytes = workers.layout.bytes_per_token * ready.kv_tokens
         measured = MeasuredProfile(info.model, hardware, info.layout, config.max_batch, max(1, kv_capacity_bytes))
         line = PrefillLine(config.max_prefills)
-        self._desk = Desk(config, self._vllm, info, served_model, client, workers, line, measured, self.mirror)
+        self._desk = Desk(
+            config, self._vllm, info, served_model, client, workers, line, measured, self.mirror, adapters
+        )
         _log.info("vLLM is attached", vllm=ready.vllm, ranks=ready.ranks, kv_tokens=ready.kv_tokens)
 
     async def _serving(self, session: aiohttp.ClientSession) -> tuple[VllmClient, str, str]:

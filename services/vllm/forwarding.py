@@ -41,6 +41,10 @@ class VllmForwarding:
         self._desk = desk
         self._keep = keep
 
+    @property
+    def adapters(self) -> Sequence[str]:
+        return self._desk.adapters
+
     async def prompt(self, kind: Literal["chat", "completion"], body: Mapping[str, Any]) -> list[int]:
         if kind == "completion" and isinstance(body.get("prompt"), list):
             return _ids(body["prompt"])
@@ -52,7 +56,7 @@ class VllmForwarding:
             asked["chat_template_kwargs"] = variables
         if body.get("tool_choice") == "none" or not body.get("tools"):
             asked.pop("tools", None)
-        return await self._desk.client.tokenize({"model": self._desk.served_model, **asked})
+        return await self._desk.client.tokenize({"model": _model(self._desk, body), **asked})
 
     def forward(
         self, request: ForwardRequest, transfers: Sequence[KvReceiver]
@@ -76,7 +80,7 @@ class ForwardLife(VllmLife[ForwardedChunk]):
     def _body(self) -> dict[str, Any]:
         request = self._request
         body = dict(request.body) | {
-            "model": self._desk.served_model,
+            "model": _model(self._desk, request.body),
             "return_token_ids": True,
             "request_id": request.request_id,
             "cache_salt": self._desk.salt(request.tenant),
@@ -119,6 +123,11 @@ class ForwardLife(VllmLife[ForwardedChunk]):
         at_s = self._came(len(token_ids))
         self._output_tokens += len(token_ids)
         self.stream.push(ForwardedChunk(msgspec.json.encode(chunk), token_ids, at_s, finished))
+
+
+def _model(desk: Desk, body: Mapping[str, Any]) -> str:
+    """vLLM's name for what the client has asked for."""
+    return str(body["model"]) if body.get("model") in desk.adapters else desk.served_model
 
 
 def _ids(prompt: list[Any]) -> list[int]:

@@ -70,6 +70,9 @@ class PrefillLife:
 
     def _problem(self) -> EngineError | None:
         n = len(self._request.prompt_token_ids)
+        adapter = self._request.adapter
+        if adapter and adapter not in self._desk.adapters:
+            return EngineError(f"the vLLM of this node does not serve the adapter {adapter[:200]!r}")
         if len(self._senders) > 1:
             return EngineError("a prefill by vLLM has one transfer")
         if self._tokens.tokens and self._tokens.end != n - 1:
@@ -131,7 +134,7 @@ class PrefillLife:
             "end": self._tokens.end,
         }
         body = {
-            "model": desk.served_model,
+            "model": request.adapter or desk.served_model,
             "prompt": list(request.prompt_token_ids[:-1]),
             "max_tokens": 1,
             "temperature": 0,

@@ -35,6 +35,7 @@ PASSAGE = (
 LENGTHS = (1, 2, 31, 32, 33, 100, 127, 128, 129, 130, 257, 700, 1024, 2049, 3000)
 NEAR_TIE = 0.1
 """In logprob: bf16 has 8 bits, and the order of sums differs with the batch."""
+ADAPTER = "tale"
 TEMPLATE = (
     "{% if tools %}You have tools. {% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\nIt is {{ m.role }} who says: {{ m.content }}<|im_end|>\n"
@@ -183,6 +184,19 @@ class VllmCluster(Cluster):
             for name in environment:
                 del os.environ[name]
 
+    async def wait_for_models(self, names: set[str]) -> None:
+        """Until the router serves these too: it hears of them with the nodes' heartbeats."""
+        deadline = time.monotonic() + 30.0
+        served: set[str] = set()
+        while time.monotonic() < deadline:
+            async with self.session.get(self.router_url + "/v1/models") as response:
+                served = {each["id"] for each in (await response.json())["data"]}
+            if names <= served:
+                return
+            # A poll, since it can only be asked.
+            await asyncio.sleep(0.1)
+        pytest.fail(f"the router serves {served}, not {names}\n{self.logs()}")
+
     async def alone(self, prompt: list[int], tokens: int) -> Any:
         """What the decode node's vLLM answers when it prefills the prompt itself; with logprobs."""
         body = {"model": await self.models(), "prompt": prompt, "max_tokens": tokens, "temperature": 0}
@@ -289,7 +303,9 @@ async def smollm2(smollm2_dir: Path, tmp_path_factory: Any) -> AsyncIterator[Vll
     template = ["--chat-template", str(folder / "template.jinja")]
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     async with cluster_of(smollm2_dir, folder) as cluster:
-        await cluster.start_vllm(["--enforce-eager", "--no-enable-prefix-caching", *template, *tools], SLOW)
+        make_adapter(smollm2_dir, folder / ADAPTER)
+        lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTER}={folder / ADAPTER}"]
+        await cluster.start_vllm(["--enforce-eager", "--no-enable-prefix-caching", *template, *tools, *lora], SLOW)
         yield cluster
 
 
@@ -307,6 +323,29 @@ def prompts(smollm2_dir: Path) -> dict[int, list[int]]:
 
     ids = load_tokenizer(str(smollm2_dir)).encode(PASSAGE * 60)
     return {length: ids[length % 7 : length % 7 + length] for length in LENGTHS}
+
+
+def make_adapter(model: Path, directory: Path) -> None:
+    """A random LoRA adapter, strong enough to say something else."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    hidden, heads, kv_heads = (
+        config[f"{what}"] for what in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    torch.manual_seed(0)
+    tensors, rank = {}, 8
+    for layer in range(config["num_hidden_layers"]):
+        for name, size in (("q_proj", hidden), ("v_proj", hidden // heads * kv_heads)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden) * 0.05
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(size, rank) * 0.05
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    description = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    description |= {"bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model)}
+    (directory / "adapter_config.json").write_text(json.dumps(description))
 
 
 def descendants(pid: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.conftest import NEAR_TIE, near_tie
+from tests.vllm.conftest import ADAPTER, NEAR_TIE, near_tie
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 
@@ -91,3 +91,18 @@ async def test_what_vllm_refuses_is_told_as_vllm_says_it(vllm_cluster):
 async def test_several_answers_at_once_are_refused(vllm_cluster):
     answer = await vllm_cluster.chat(QUESTION, expected=400, max_tokens=4, n=2)
     assert answer["error"]["param"] == "n"
+
+
+async def test_an_adapter_is_a_model_of_its_own(vllm_cluster, prompts):
+    """Prefill computes with it as well, and what it has computed is nobody else's."""
+    await vllm_cluster.wait_for_models({ADAPTER})
+    prompt = prompts[257]
+    plain = await vllm_cluster.offloaded(prompt, 16)
+    answer = await vllm_cluster.offloaded(prompt, 16, model=ADAPTER)
+    assert answer["headers"]["x-prfaas-prefill"] == "prefill-1"
+    alone = await vllm_cluster.servers["decode"].complete(vllm_cluster.session, prompt, 16, model=ADAPTER)
+    margin = near_tie(alone, answer["text"])
+    assert margin is None or margin <= NEAR_TIE
+    assert answer["text"] != plain["text"]
+    timeline = await vllm_cluster.timeline(answer["headers"]["x-request-id"])
+    assert timeline["kv_raw_bytes"] > 0

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from prfaas.common.config import TlsConfig
+from prfaas.common.config import TlsConfig, VllmConfig
 from prfaas.services.__main__ import main
 from prfaas.services.commands import doctor
 
@@ -196,3 +196,17 @@ def test_kernel_limits_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert any("tcp_bbr" in mend for mend in mends)
     assert any("tcp_slow_start_after_idle=0" in mend for mend in mends)
     assert [f.status for f in found if "tcp_rmem" in f.message] == ["ok"]
+
+
+def test_the_vllm_that_a_node_would_start_must_be_a_supported_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, status in (("0.32.1+cpu", "ok"), ("0.31.0", "fail")):
+        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name, version=version: version)
+        assert doctor.check_vllm(VllmConfig()).status == status
+
+
+def test_a_vllm_that_runs_must_have_its_sockets_where_the_node_looks(tmp_path: Path) -> None:
+    config = VllmConfig(url="http://127.0.0.1:8100", control=str(tmp_path))
+    assert doctor.check_vllm(config).status == "fail"
+    assert "kv-transfer-config" in doctor.check_vllm(config).mend
+    (tmp_path / "rank-0.sock").touch()
+    assert doctor.check_vllm(config).status == "ok"

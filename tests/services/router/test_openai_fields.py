@@ -203,3 +203,65 @@ def test_a_long_mistake_is_not_sent_back() -> None:
     with pytest.raises(RequestError) as error:
         chat(temperature="x" * 1_000_000)
     assert len(str(error.value)) < 200
+
+
+# -- where decode nodes forward bodies --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True, "top_logprobs": 5},
+        {"frequency_penalty": 0.5},
+        {"a_field_of_next_year": 1},
+        {"messages": [{"role": "tool", "tool_call_id": "1", "content": "42"}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+    ],
+)
+def test_what_an_engines_own_server_may_know_is_forwarded(fields: dict[str, Any]) -> None:
+    body = CHAT | fields
+    request = parse_request("chat", body, forwards=True)
+    assert request.forward == body
+    with pytest.raises(RequestError):
+        parse_request("chat", body)
+
+
+def test_every_chat_is_forwarded_and_of_completions_what_is_not_ours() -> None:
+    """A completion that a decode node can answer from token ids may go on elsewhere when the node is lost."""
+    assert parse_request("chat", CHAT, forwards=True).forward == CHAT
+    ours = {"model": "m", "prompt": "hi", "seed": 3, "n": 1, "user": "u"}
+    assert parse_request("completion", ours, forwards=True).forward is None
+    theirs = ours | {"logprobs": 3}
+    assert parse_request("completion", theirs, forwards=True).forward == theirs
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 2), ("use_beam_search", True), ("kv_transfer_params", {"prfaas": {}}), ("modalities", ["audio"])],
+)
+def test_what_does_not_go_with_kv_from_elsewhere_is_refused_all_the_same(field: str, value: Any) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        parse_request("chat", CHAT | {field: value}, forwards=True)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"stream": 1}, "stream"),
+        ({"messages": []}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
+    ],
+)
+def test_what_routing_needs_is_checked_before_it_is_forwarded(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request("chat", CHAT | fields, forwards=True)
+    assert caught.value.param == param
