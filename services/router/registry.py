@@ -11,7 +11,7 @@ nodes, bytes on links, each until the request that asked for it ends. What other
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 

@@ -331,13 +331,12 @@ def make_adapter(model: Path, directory: Path) -> None:
     from safetensors.torch import save_file
 
     config = json.loads((model / "config.json").read_text())
-    hidden, heads, kv_heads = (
-        config[f"{what}"] for what in ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    )
+    hidden = config["hidden_size"]
+    key_size = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     torch.manual_seed(0)
     tensors, rank = {}, 8
     for layer in range(config["num_hidden_layers"]):
-        for name, size in (("q_proj", hidden), ("v_proj", hidden // heads * kv_heads)):
+        for name, size in (("q_proj", hidden), ("v_proj", key_size)):
             prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden) * 0.05
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(size, rank) * 0.05
