@@ -8,6 +8,7 @@ the model's name.
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -82,7 +83,8 @@ class ForwardLife(VllmLife[ForwardedChunk]):
         body = dict(request.body) | {
             "model": _model(self._desk, request.body),
             "return_token_ids": True,
-            "request_id": request.request_id,
+            # Clients may choose ours, and the same twice; vLLM's must differ.
+            "request_id": f"{request.request_id}-{secrets.token_hex(4)}",
             "cache_salt": self._desk.salt(request.tenant),
             **self._params(),
         }

@@ -103,6 +103,24 @@ async def test_the_prefill_vllm_is_killed_in_the_middle_of_a_transfer(vllm_clust
     await works(vllm_cluster, prompts[129])
 
 
+async def test_a_layer_that_is_too_late_costs_its_own_request_alone(vllm_cluster, prompts):
+    """vLLM is told of the blocks that did not come; the request is computed again, the other stream goes on."""
+    vllm_cluster.stop_nodes()
+    await vllm_cluster.start_nodes(decode=["--vllm-stall-s", "60", "--vllm-layer-wait-s", "0.2"])
+    alone = await vllm_cluster.servers["decode"].complete(vllm_cluster.session, prompts[257], TOKENS)
+    other = asyncio.create_task(vllm_cluster.complete(prompts[33], 150, ignore_eos=True))
+    with vllm_cluster.servers["prefill"].slowly():
+        answer = await vllm_cluster.offloaded(prompts[257], TOKENS, pin=False)
+    assert "x-prfaas-prefill" not in answer["headers"]
+    assert near_tie(alone, answer["text"]) in (None, pytest.approx(0, abs=NEAR_TIE))
+    assert (await other)["usage"]["completion_tokens"] == 150
+    await vllm_cluster.idle()
+    # What did not come is not in vLLM's cache either: the same prompt again, in time.
+    vllm_cluster.stop_nodes()
+    await vllm_cluster.start_nodes()
+    await works(vllm_cluster, prompts[257])
+
+
 async def test_the_router_is_killed_in_the_middle_of_a_stream(vllm_cluster, prompts):
     with contextlib.suppress(Exception):
         async for _ in chunks(vllm_cluster, prompts[100], 2000):
