@@ -134,6 +134,8 @@ class VllmLife(ABC, Generic[E]):
 
     def _transfer_failed(self, error: Exception) -> None:
         if self._transfer is not None:
+            if self._transfer.loaded.done():
+                return  # vLLM has its copy, or goes on without
             self._transfer.abort(str(error))  # nobody in vLLM is to wait for what won't come
         self._fail(error)
 
@@ -146,6 +148,7 @@ class VllmLife(ABC, Generic[E]):
     async def _ask(self) -> None:
         if self._transfer is not None:
             await asyncio.shield(self._transfer.begun)
+            self._freeing = asyncio.ensure_future(self._free())
         await self._run()
 
     def _params(self) -> dict[str, Any]:
@@ -175,7 +178,6 @@ class VllmLife(ABC, Generic[E]):
                 raise EngineError("vLLM answered without its connector's word on the KV") from None
             used_s = self._check(loaded)
             unused = next((each.skipped for each in loaded if each.skipped), "")
-            self._freeing = asyncio.ensure_future(self._free())
         self._last_s = time.monotonic()
         layers = len(self._arrived_s)
         if self._receiver is not None:
@@ -207,6 +209,7 @@ class VllmLife(ABC, Generic[E]):
         """vLLM has its copy: the memory goes to the next request, while this one decodes."""
         assert self._receiver is not None
         assert self._transfer is not None
+        await asyncio.shield(self._transfer.loaded)
         with contextlib.suppress(TransferError):
             await self._receiver.finished()
         await self._receiver.aclose()
