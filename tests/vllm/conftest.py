@@ -33,8 +33,8 @@ PASSAGE = (
     "morning, and every evening he read it back to the sea. Nobody answered, but the sea was calm on most days. "
 )
 LENGTHS = (1, 2, 31, 32, 33, 100, 127, 128, 129, 130, 257, 700, 1024, 2049, 3000)
-NEAR_TIE = 0.1
-"""In logprob: bf16 has 8 bits, and the order of sums differs with the batch."""
+NEAR_TIE = 0.13
+"""In logprob: one step of bf16 where the logits are (16 to 32); the order of sums differs with the batch."""
 ADAPTER = "tale"
 TEMPLATE = (
     "{% if tools %}You have tools. {% endif %}"
@@ -338,8 +338,8 @@ def make_adapter(model: Path, directory: Path) -> None:
     for layer in range(config["num_hidden_layers"]):
         for name, size in (("q_proj", hidden), ("v_proj", key_size)):
             prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden) * 0.05
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(size, rank) * 0.05
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden) * 0.1
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(size, rank) * 0.2
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors")
     description = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
