@@ -16,14 +16,10 @@ from prfaas.common.metrics import NodeMetrics
 from prfaas.services.decode import spans
 from prfaas.services.decode.forwarded import ForwardedRun
 from prfaas.services.decode.run import DecodeRun
-from prfaas.services.engine.api import (
-    Engine,
-)
+from prfaas.services.engine.api import Engine
 from prfaas.services.engine.tokenizer import Tokenizer
 from prfaas.services.leases import Lease, Leases
-from prfaas.services.messages import (
-    DecodeCall,
-)
+from prfaas.services.messages import DecodeCall
 from prfaas.services.sse import SseResponse
 from prfaas.services.telemetry.tracing import Tracing
 from prfaas.services.tls import check_caller

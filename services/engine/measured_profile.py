@@ -51,7 +51,7 @@ class MeasuredProfile:
         self._hardware = hardware
         self._layout = layout
         self._max_batch = max_batch
-        self.kv_capacity_bytes = kv_capacity_bytes
+        self._kv_capacity_bytes = kv_capacity_bytes
         self._prefills = _Buckets()
         self._passes = _Buckets()
         self._told: tuple[_Points, _Points] = ((), ())
@@ -94,7 +94,7 @@ class MeasuredProfile:
             kv_bytes=_kv_bytes(self._layout),
             decode_step_s=_surface(passes or ((1.0, NOMINAL_STEP_S),)),
             max_batch=self._max_batch,
-            kv_capacity_bytes=self.kv_capacity_bytes,
+            kv_capacity_bytes=self._kv_capacity_bytes,
             provenance=provenance,
             sources={
                 "prefill_s": measured if prefills else nominal,

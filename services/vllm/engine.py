@@ -111,7 +111,8 @@ class VllmEngine:
                 max_model_tokens=min(max_model_tokens, config.max_model_tokens or max_model_tokens),
                 vocabulary=model_files.vocabulary(directory),
                 eos_token_ids=read_eos_token_ids(directory),
-                arena_bytes=config.arena_bytes,
+                # What runs lies in vLLM's cache; the shared memory is only passed through.
+                arena_bytes=max(1, workers.layout.bytes_per_token * ready.kv_tokens),
             )
             if events:
                 mirror = PrefixMirror(info.model_fingerprint, config.prefix_block_tokens)
@@ -122,8 +123,7 @@ class VllmEngine:
             await self.close()
             raise
         hardware = f"{platform.machine()}, vLLM {ready.vllm}, {ready.ranks} ranks"
-        kv_capacity_bytes = workers.layout.bytes_per_token * ready.kv_tokens
-        measured = MeasuredProfile(info.model, hardware, info.layout, config.max_batch, max(1, kv_capacity_bytes))
+        measured = MeasuredProfile(info.model, hardware, info.layout, config.max_batch, info.arena_bytes)
         line = PrefillLine(config.max_prefills)
         self._desk = Desk(
             config, self._vllm, info, served_model, client, workers, line, measured, self.mirror, adapters
@@ -202,7 +202,7 @@ class VllmEngine:
             queued_tokens=desk.line.queued_tokens,
             running_requests=len(decodes),
             context_tokens=sum(life.context_tokens for life in decodes),
-            free_kv_bytes=max(0, min(desk.workers.arena.free_bytes, desk.measured.kv_capacity_bytes - held_bytes)),
+            free_kv_bytes=max(0, desk.info.arena_bytes - held_bytes),
             decoding_requests=min(len(running), self._config.max_batch),
             waiting_requests=max(0, len(running) - self._config.max_batch),
         )
