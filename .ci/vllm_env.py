@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 VLLM = "0.32.0"
-"""services/vllm/version.py names what is supported; tests/services/vllm holds the two together."""
+"""services/engine/vllm/version.py says what is supported; a test holds the two together."""
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin" / "python"

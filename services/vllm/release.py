@@ -21,21 +21,19 @@ def may_release(
     now_s: float,
     lead_s: float,
     stall_s: float,
-    link_bytes_per_s: float = 0.0,
 ) -> bool:
     """layer_bytes, arrived_s: of each layer; None: it is on its way. needed_first: layers with a recurrent state, which
-    a step reads before anything else. lead_s: from now until a step would use its last layer. link_bytes_per_s: as far
-    as the link is known, 0.0: it isn't.
+    a step reads before anything else. lead_s: from now until a step would use its last layer.
     """
     missing = [layer for layer, at_s in enumerate(arrived_s) if at_s is None]
     if not missing:
         return True
     if needed_first.intersection(missing):
         return False
-    rate = _rate(layer_bytes, arrived_s) or link_bytes_per_s
+    rate = _rate(layer_bytes, arrived_s)
     if rate <= 0:
         return False
-    since_s = now_s - max(at_s for at_s in arrived_s if at_s is not None) if len(missing) < len(arrived_s) else 0.0
+    since_s = now_s - max(at_s for at_s in arrived_s if at_s is not None)
     expected_s = sum(layer_bytes[layer] for layer in missing) / rate - since_s
     return expected_s <= lead_s + stall_s
 

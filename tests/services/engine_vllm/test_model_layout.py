@@ -9,7 +9,6 @@ import pytest
 from prfaas.common.errors import ConfigError
 from prfaas.common.kv_layout import TensorKind
 from prfaas.services.engine.vllm.model_layout import Heads, heads_of_rank, model_kv
-from prfaas.services.engine.vllm.version import check_version
 
 
 class FullAttentionSpec(SimpleNamespace):
@@ -100,11 +99,3 @@ def test_other_caches_are_refused() -> None:
         layout_of([(spec, ["layers.0.attn"])], 1)
     with pytest.raises(ConfigError, match="none of the model's 1"):
         layout_of([(FULL, ["layers.5.attn"])], 1)
-
-
-def test_the_version_guard() -> None:
-    check_version("0.32.0")
-    check_version("0.32.4+cpu")
-    for other in ("0.31.9", "0.33.0", "1.0.0", "unknown"):
-        with pytest.raises(ConfigError, match=r"0\.32\.x"):
-            check_version(other)

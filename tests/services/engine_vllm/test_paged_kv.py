@@ -77,7 +77,6 @@ def test_a_block_of_the_table_may_be_several_of_the_kernel() -> None:
 
 def test_a_cache_whose_tokens_lie_outside_its_heads() -> None:
     """As [block, token, head, content] in memory: the strides of the view say so."""
-    backend = Backend()
     cache = torch.zeros(4, TOKENS, HEADS, 2 * DIM, dtype=torch.bfloat16).transpose(1, 2)
     keys, _ = random_tokens(40)
     # A backend of this kind has key and value of a token side by side.
@@ -87,7 +86,6 @@ def test_a_cache_whose_tokens_lie_outside_its_heads() -> None:
     out = torch.empty(HEADS, 38, DIM, dtype=cache.dtype)
     tensor.read([2, 0], 2, 40, out)
     assert torch.equal(out, keys[2:40].transpose(0, 1))
-    assert backend.tile == 1
 
 
 def test_a_backend_that_stores_other_numbers_is_refused() -> None:

@@ -43,9 +43,9 @@ def test_a_recurrent_state_is_needed_before_anything() -> None:
 
 
 def test_nothing_is_known_of_the_rate_at_first() -> None:
-    assert not release(1, stall_s=0.5)
-    assert release(1, stall_s=1.0, link_bytes_per_s=LAYER / EACH_S)
-    assert not release(0, stall_s=0.5, link_bytes_per_s=LAYER / EACH_S)
+    assert not release(0, stall_s=9)
+    assert not release(1, stall_s=9)
+    assert release(2, stall_s=9)
 
 
 def test_large_layers_count_for_what_they_are() -> None:
