@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.e2e.conftest import free_ports
 
 ROOT = Path(__file__).parents[2]
 UP_TIMEOUT_S = 240
+REGISTERED_S = 30.0
 HOME_NET, PREFILL_NET = "10.86.1", "10.86.2"
 """Other ones than the demo's own, which may be up beside the test."""
 DELAY_MS = 20
@@ -76,6 +78,18 @@ class Compose:
             lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
         return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines)}
 
+    def wait_for_nodes(self) -> None:
+        """Healthy are nodes that could serve; the router hears of one with its next heartbeat, over a WAN."""
+        deadline = time.monotonic() + REGISTERED_S
+        wanted = {"prefill": 3.0, "decode": 2.0}
+        found: dict[str, float] = {}
+        while found != wanted:
+            assert time.monotonic() < deadline, f"the router knows {found} of {wanted} usable nodes"
+            series = self.metrics()
+            found = {role: series.get(f'prfaas_router_nodes{{role="{role}",state="usable"}}', 0.0) for role in wanted}
+            # A poll, since it can only be asked.
+            time.sleep(0.1)
+
 
 def docker(*arguments: str) -> str:
     return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True).stdout
@@ -83,10 +97,11 @@ def docker(*arguments: str) -> str:
 
 @pytest.fixture(scope="session")
 def compose() -> Iterator[Compose]:
-    """Up and healthy; taken down at the end."""
+    """Up, healthy, all nodes registered; taken down at the end."""
     demo = Compose(f"prfaas-test-{os.getpid()}")
     try:
         demo.run("up", "--build", "--wait", timeout_s=UP_TIMEOUT_S)
+        demo.wait_for_nodes()
         yield demo
     except BaseException:
         with contextlib.suppress(subprocess.TimeoutExpired):
