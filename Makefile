@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo    a real model answers across two regions, on this machine"
 	@echo "make test    the tests (fetches the model once)"
-	@echo "make test-deploy   the tests of console, alerts, installation and rollout (Chromium, Prometheus, sshd)"
+	@echo "make test-deploy   the tests of console, alerts, rollout, changing clusters (Chromium, Prometheus, sshd)"
 	@echo "make test-compose  the compose demo, brought up by Docker"
 	@echo "make vllm-env    .venv-vllm: vLLM with this package beside it (2.5 GB)"
 	@echo "make test-vllm   the tests with a real vLLM, in .venv-vllm"
@@ -35,7 +35,8 @@ demo: $(STAMP)
 test: model
 	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not deploy and not compose and not vllm" $(ARGS)
 
-# What an operator runs around the services: console, alerts, installation, rollout. Each needs something of the machine.
+# What an operator runs around the services: console, alerts, installation, rollout (each needs something of the machine);
+# and clusters that change their roles, links and versions, which take long.
 test-deploy: $(STAMP)
 	@$(BIN)/pytest -m deploy $(ARGS)
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.e2e.conftest import free_ports
 
+pytestmark = pytest.mark.deploy
+
 HERE = "127.0.0.1"
 # 4 KB a token, so that 3,000 tokens are 12 MB: 0.05 s at 2 Gbit/s and 5 s at 20 Mbit/s, beside 1 s of prefill.
 ENGINE = ["--engine", "emulated", "--engine-prefill-tokens-per-s", "3000", "--engine-arena-bytes", "128M"]

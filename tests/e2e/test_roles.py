@@ -11,6 +11,8 @@ from prfaas.services.engine.emulated.output import OutputTokens
 
 from tests.e2e.conftest import free_ports
 
+pytestmark = pytest.mark.deploy
+
 HERE = "127.0.0.1"
 # A prefill node computes 5 prompts of 1,000 tokens a second; a decode node generates 4 answers of 100 tokens.
 ENGINE = ["--engine", "emulated", "--engine-prefill-tokens-per-s", "5000", "--engine-decode-step-s", "0.02"]

@@ -17,7 +17,7 @@ async def test_one_engine_goes_on_with_the_others_kv(vllm_cluster, prompts, engi
     vllm_cluster.stop_nodes()
     await vllm_cluster.start_nodes(engines=engines)
     try:
-        for length in (2, 33, 129, 700, 2049):
+        for length in (2, 129, 700):
             answer = await vllm_cluster.offloaded(prompts[length], 16)
             assert answer["headers"]["x-prfaas-prefill"] == "prefill-1"
             timeline = await vllm_cluster.timeline(answer["headers"]["x-request-id"])
