@@ -12,6 +12,8 @@ from prfaas.services.engine.emulated.output import OutputTokens
 
 from tests.e2e.conftest import free_ports
 
+pytestmark = pytest.mark.deploy
+
 HERE = "127.0.0.1"
 ENGINE = ["--engine", "emulated", "--engine-decode-step-s", "0.02", "--engine-prefill-tokens-per-s", "20000"]
 ENGINE += ["--engine-arena-bytes", "128M", "--engine-prefix-bytes", "16M", "--node-heartbeat-s", "0.25"]
