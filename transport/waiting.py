@@ -20,3 +20,11 @@ async def finish_despite_cancel(future: asyncio.Future[T]) -> T:
     if cancelled is not None:
         raise cancelled from (None if future.cancelled() else future.exception())
     return future.result()
+
+
+async def cancelled(*tasks: asyncio.Task[None] | None) -> None:
+    """Cancel them; they have ended, however, when this returns."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)

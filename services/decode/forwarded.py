@@ -73,10 +73,5 @@ class ForwardedRun(DecodeRun):
         ids = b": ids %b\n" % ",".join(map(str, chunk.token_ids)).encode() if chunk.token_ids else b""
         self.out.send(b"%bdata: %b\n\n" % (ids, chunk.data))
 
-    async def aclose(self) -> None:
-        if self.forwarded is not None:
-            await self.forwarded.aclose()
-        elif self.receiver is not None:
-            await self.receiver.aclose()
-        if self.hold is not None:
-            self.hold.release()
+    def _stream(self) -> EventStream[ForwardedEvent] | None:
+        return self.forwarded

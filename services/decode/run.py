@@ -7,7 +7,7 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prfaas.common import log
 from prfaas.common.errors import TransferError
@@ -79,11 +79,15 @@ class DecodeRun:
         self.ticket, self.receiver = self._transfer()
         self.events = engine.decode(self._request(), [] if self.receiver is None else [self.receiver])
 
+    def _stream(self) -> EventStream[Any] | None:
+        """The engine's; None: it has nothing of the request."""
+        return self.events
+
     async def aclose(self) -> None:
         """The engine has let go of everything when this returns. Idempotent."""
         try:
-            if self.events is not None:
-                await self.events.aclose()
+            if (stream := self._stream()) is not None:
+                await stream.aclose()
             elif self.receiver is not None:
                 await self.receiver.aclose()
         finally:

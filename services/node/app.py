@@ -259,6 +259,7 @@ class Node:
 
     def _heartbeat(self, link: RouterLink) -> Heartbeat:
         info, load, clock = self.engine.info, self.engine.load(), link.clock
+        forwarding = self.engine.forwarding
         now_s = time.monotonic()
         self._profile.take(self.engine.profile)
         heartbeat = Heartbeat(
@@ -296,8 +297,8 @@ class Node:
             planner_holder=self.roles.grant.to(now_s),
             planner_bid_s=self.roles.grant.bid_s,
             nodes_counted=self._nodes.most(now_s),
-            forwards=self.engine.forwarding is not None,
-            adapters=list(self.engine.forwarding.adapters) if self.engine.forwarding is not None else [],
+            forwards=forwarding is not None,
+            adapters=list(forwarding.adapters) if forwarding is not None else [],
         )
         if self._pool is None or self.leaving:
             return heartbeat

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import ipaddress
 import os
 import signal
@@ -26,6 +25,7 @@ from prfaas.common import log
 from prfaas.common.config import Config, RouterConfig, env_name, parse_address
 from prfaas.common.errors import ConfigError
 from prfaas.services import web as services_web
+from prfaas.services.child_process import die_with_parent
 from prfaas.services.tls import PROCESS_MARK
 
 FIRST_BACK_OFF_S = 1.0
@@ -34,7 +34,6 @@ MAX_BACK_OFF_S = 30.0
 STABLE_S = 60.0
 """A process that lived so long is started again at once."""
 EXIT_USAGE = 2
-PR_SET_PDEATHSIG = 1
 
 logger = log.get_logger("router")
 
@@ -139,7 +138,7 @@ async def _run_once(number: int, argv: Sequence[str]) -> int:
         env={**os.environ, env_name("router.process"): str(number)},
         # Ctrl-C comes to this process, which passes it on in order.
         start_new_session=True,
-        preexec_fn=partial(_die_with_parent, os.getpid()),
+        preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),
     )
     try:
         return await process.wait()
@@ -158,10 +157,3 @@ async def _reap(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child before exec: when the parent dies, however, the kernel kills it; also one that has died already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)

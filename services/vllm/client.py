@@ -121,7 +121,7 @@ def _error(status: int, body: bytes) -> RequestError | EngineError:
     param = None
     with contextlib.suppress(msgspec.DecodeError):
         chunk = msgspec.json.decode(body, type=Chunk)
-        text, param = chunk.message or text, None
+        text = chunk.message or text
         if chunk.error is not None:
             text, param = chunk.error.message or text, chunk.error.param
     if 400 <= status < 500:

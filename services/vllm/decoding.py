@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from prfaas.common.errors import EngineError, OutOfMemoryError, RequestError, TransferError
-from prfaas.common.kv_layout import TokenRange
 from prfaas.services.engine.api import (
     DecodeDone,
     DecodeRequest,
@@ -25,13 +24,13 @@ from prfaas.services.engine.api import (
 from prfaas.services.engine.deadline import Deadline
 from prfaas.services.engine.event_stream import RequestEvents
 from prfaas.services.engine.token_ids import check_token_ids
-from prfaas.services.engine.vllm.control import PARAMS_KEY, Loaded
+from prfaas.services.engine.vllm.control import Loaded
 from prfaas.services.vllm.client import Chunk
 from prfaas.services.vllm.desk import Desk
-from prfaas.services.vllm.prefilling import cancelled
 from prfaas.services.vllm.release import may_release
 from prfaas.services.vllm.workers import SharedTransfer
 from prfaas.transport.api import KvDestination, KvReceiver, TransferSpec
+from prfaas.transport.waiting import cancelled
 
 E = TypeVar("E")
 
@@ -153,16 +152,7 @@ class VllmLife(ABC, Generic[E]):
 
     def _params(self) -> dict[str, Any]:
         """For the connector; without a transfer there is nothing to tell it."""
-        if self._transfer is None:
-            return {}
-        tokens: TokenRange = self._transfer.plan.tokens
-        params = {
-            "transfer_id": self._transfer.transfer_id,
-            "kind": "load",
-            "start": tokens.start,
-            "end": tokens.end,
-        }
-        return {"kv_transfer_params": {PARAMS_KEY: params}}
+        return {} if self._transfer is None else {"kv_transfer_params": self._transfer.params}
 
     async def _first(self) -> None:
         """No token leaves before every worker has said that the KV it came from was there. Idempotent."""

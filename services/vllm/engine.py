@@ -49,6 +49,7 @@ class VllmEngine:
 
     def __init__(self, config: EngineConfig, vllm: VllmConfig) -> None:
         self._config = config
+        self._name = config.served_model or PurePath(config.model).name
         self._vllm = vllm
         self._desk: Desk | None = None
         self._process: VllmProcess | None = None
@@ -105,7 +106,7 @@ class VllmEngine:
             ready = await workers.connect()
             check_version(ready.vllm)
             info = EngineInfo(
-                model=config.served_model or PurePath(config.model).name,
+                model=self._name,
                 model_fingerprint=await fingerprint,
                 layout=workers.layout,
                 max_model_tokens=min(max_model_tokens, config.max_model_tokens or max_model_tokens),
@@ -141,10 +142,9 @@ class VllmEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="prfaas-vllm-")
         control = vllm.control or self._folder.name
         port = free_port()
-        name = self._config.served_model or PurePath(self._config.model).name
         client = VllmClient(session, f"http://{HOST}:{port}")
         events = vllm.events or f"ipc://{self._folder.name}/events"
-        command = serve_command(self._config, vllm, name, port, control, events)
+        command = serve_command(self._config, vllm, self._name, port, control, events)
         self._process = VllmProcess(command, self._failed)
         await self._process.start(client, vllm.start_s)
         return client, control, events

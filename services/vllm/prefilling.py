@@ -18,10 +18,11 @@ from prfaas.services.engine.api import PrefillDone, PrefillEvent, PrefillProgres
 from prfaas.services.engine.deadline import Deadline
 from prfaas.services.engine.event_stream import RequestEvents
 from prfaas.services.engine.token_ids import check_token_ids
-from prfaas.services.engine.vllm.control import PARAMS_KEY, Saved
+from prfaas.services.engine.vllm.control import Saved
 from prfaas.services.vllm.desk import Desk
 from prfaas.services.vllm.workers import SharedTransfer
 from prfaas.transport.api import KvPiece, KvSender
+from prfaas.transport.waiting import cancelled
 
 OPEN_MARGIN_S = 0.05
 """Besides the round trip: how early OPEN leaves before a request's turn."""
@@ -127,19 +128,13 @@ class PrefillLife:
     async def _compute(self, transfer: SharedTransfer) -> None:
         desk, request = self._desk, self._request
         alone = desk.line.queued_requests == 1
-        params = {
-            "transfer_id": transfer.transfer_id,
-            "kind": "save",
-            "start": self._tokens.start,
-            "end": self._tokens.end,
-        }
         body = {
             "model": request.adapter or desk.served_model,
             "prompt": list(request.prompt_token_ids[:-1]),
             "max_tokens": 1,
             "temperature": 0,
             "cache_salt": desk.salt(request.tenant),
-            "kv_transfer_params": {PARAMS_KEY: params},
+            "kv_transfer_params": transfer.params,
         }
         try:
             await asyncio.shield(transfer.begun)
@@ -230,12 +225,3 @@ def pieces_of(transfer: SharedTransfer, rank: int, ranks: int, saved: Saved) -> 
 def _is_sharded(dims: tuple[int, ...], ranks: int) -> bool:
     """As model_layout has it: a state that is sharded over ranks has them as its first dimension."""
     return ranks > 1 and dims[0] == ranks
-
-
-async def cancelled(*tasks: asyncio.Task[None] | None) -> None:
-    """They have ended when this returns."""
-    pending = [task for task in tasks if task is not None]
-    for task in pending:
-        task.cancel()
-    if pending:
-        await asyncio.wait(pending)

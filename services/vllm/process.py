@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -19,9 +18,9 @@ from functools import partial
 from prfaas.common import log
 from prfaas.common.config import EngineConfig, VllmConfig
 from prfaas.common.errors import ConfigError, EngineError
+from prfaas.services.child_process import die_with_parent
 from prfaas.services.vllm.client import VllmClient
 
-PR_SET_PDEATHSIG = 1
 HOST = "127.0.0.1"
 LINES_KEPT = 15
 PROBE_EACH_S = 0.25
@@ -99,7 +98,7 @@ class VllmProcess:
             stderr=asyncio.subprocess.STDOUT,
             env={"VLLM_NO_USAGE_STATS": "1", **os.environ},
             start_new_session=True,
-            preexec_fn=partial(_die_with_parent, os.getpid()),
+            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),
         )
         self._watching = asyncio.create_task(self._watch(self._process))
         try:
@@ -165,10 +164,3 @@ async def _line(stream: asyncio.StreamReader) -> str:
 def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child before exec: when the node dies, however, the kernel tells it to end; also one that has died."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)

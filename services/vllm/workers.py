@@ -8,13 +8,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from prfaas.common import log
 from prfaas.common.errors import ConfigError, EngineError, PrfaasError, ProtocolError
 from prfaas.common.kv_layout import KvLayout, TokenRange
 from prfaas.services.engine.vllm.control import (
+    PARAMS_KEY,
     VERSION,
     Abort,
     Arrived,
@@ -64,6 +65,13 @@ class SharedTransfer:
     _loaded: list[Loaded] = field(default_factory=list)
     _closed: int = 0
     _closing: asyncio.Future[None] | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """`kv_transfer_params` of the request whose KV this is, for the connector."""
+        tokens = self.plan.tokens
+        about = {"transfer_id": self.transfer_id, "kind": self.kind, "start": tokens.start, "end": tokens.end}
+        return {PARAMS_KEY: about}
 
     def row(self, layer: int, tensor: int, row: int) -> memoryview:
         """transport.api.KvDestination."""

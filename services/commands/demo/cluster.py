@@ -13,7 +13,6 @@ this process only and it can stop them in order.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import json
 import os
@@ -29,13 +28,13 @@ from functools import partial
 from pathlib import Path
 
 from prfaas.common.errors import SetupError
+from prfaas.services.child_process import die_with_parent
 
 HOST = "127.0.0.1"
 READY_TIMEOUT_S = 180.0
 POLL_S = 0.05
 STOP_S = 5.0
 LOG_LINES_SHOWN = 15
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(env),
                 start_new_session=True,
-                preexec_fn=partial(_die_with_parent, os.getpid()),
+                preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGKILL),
             )
 
     @property
@@ -130,14 +129,6 @@ def _inherited() -> dict[str, str]:
     """The user's environment. Of its settings only those of logs and engines fit a cluster that is not theirs."""
     ours = ("PRFAAS_LOG_", "PRFAAS_ENGINE_")
     return {key: value for key, value in os.environ.items() if not key.startswith("PRFAAS_") or key.startswith(ours)}
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child before exec: when the demo dies, however, the kernel kills its children. One that has died already
-    (interrupted just after the fork) would never be heard of."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Cluster:

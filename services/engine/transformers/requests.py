@@ -39,7 +39,7 @@ from prfaas.services.engine.transformers.prefix_copies import HeldKv, StateStash
 from prfaas.services.engine.transformers.stepper import Stepper
 from prfaas.transport.api import KvDestination, KvReceiver, KvSender, TransferSpec
 from prfaas.transport.arena import Arena
-from prfaas.transport.waiting import finish_despite_cancel
+from prfaas.transport.waiting import cancelled, finish_despite_cancel
 
 _log = log.get_logger("engine")
 
@@ -258,7 +258,7 @@ class PrefillLife:
         self._deadline.cancel()
         self._desk.line.leave(self)  # first: while we wait below, the line would give us memory and a slot
         try:
-            await _cancelled(self._opening, self._draining)
+            await cancelled(self._opening, self._draining)
             if self._job is not None:
                 await self._desk.stepper.remove(self._job, None)
             _settle(self._writing, self._job)
@@ -543,10 +543,3 @@ def _too_long(tokens: int, info: EngineInfo) -> RequestError:
         param="prompt",
         code="context_length_exceeded",
     )
-
-
-async def _cancelled(*tasks: asyncio.Task[None] | None) -> None:
-    for task in tasks:
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)

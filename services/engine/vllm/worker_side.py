@@ -199,8 +199,7 @@ class WorkerSide:
         extent = transfer.plan.extents[part.layer][part.tensors[0]]
         heads = self._heads(extent)
         start, end = saved[0]
-        sends = self._model.heads.sends if not part.is_state else True
-        if sends and (part.is_state or start < end):
+        if part.is_state or (self._model.heads.sends and start < end):
             at_s = time.monotonic()
             self._transfers.send(
                 Saved(transfer.transfer_id, part.layer, list(part.tensors), start, end, heads.start, heads.stop, at_s)
